@@ -1,0 +1,184 @@
+//! What the engine asks of a device.
+
+use hmm_types::{Access, ByteCount, DeviceId, FrameRange, PageCount, PageRange, VirtAddr};
+
+/// What a device is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// A name for people.
+    pub name: &'static str,
+    /// Size of its memory.
+    pub memory: ByteCount,
+    /// Whether the CPU can map its memory and use it in place.
+    pub coherent: bool,
+    /// Whether its kernels can do atomics on its memory.
+    pub atomics: bool,
+    /// Whether its kernels can use system memory in place.
+    pub system_memory: bool,
+}
+
+/// What a device reports that the engine could not foresee.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum DeviceError {
+    /// Its memory is full.
+    #[error("the device's memory is full")]
+    OutOfMemory,
+    /// A copy did not succeed. What it was to overwrite is undefined.
+    #[error("a copy on the device failed")]
+    CopyFailed,
+    /// The device is lost; whatever was only there is gone, unless it can
+    /// still be read.
+    #[error("the device is lost")]
+    Lost,
+}
+
+/// One piece of work for a copy queue. Host addresses are engine memory
+/// (staging or bounce pages) or, on kernels without page moving, the program's
+/// own write-protected pages; present, and left alone by everybody else until
+/// the fence is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transfer {
+    /// Host memory into frames.
+    ToDevice {
+        /// Source: as many pages as there are frames.
+        host: VirtAddr,
+        /// Destination.
+        frames: FrameRange,
+    },
+    /// Frames into host memory.
+    ToHost {
+        /// Source.
+        frames: FrameRange,
+        /// Destination: as many pages as there are frames.
+        host: VirtAddr,
+    },
+    /// Zeros into frames.
+    Zero {
+        /// Destination.
+        frames: FrameRange,
+    },
+}
+
+/// A point in a device's copy queue. Fences of one device are reached in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Fence(pub u64);
+
+/// A device back end.
+///
+/// Arguments are checked by core: ranges are user space, frames are allocated,
+/// a range and its frames are equally long. `map`, `map_host` and `unmap` are
+/// called with a block locked, so they wait for nothing but the device's own
+/// short locks and the end of accesses that are under way.
+pub trait Device: Sync {
+    /// What it is. The memory size never changes.
+    fn info(&self) -> DeviceInfo;
+
+    /// Takes a run of frames: at least one, at most `pages`, preferably all.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`], [`DeviceError::Lost`].
+    fn allocate(&self, pages: PageCount) -> Result<FrameRange, DeviceError>;
+
+    /// Gives frames back. They need not be one run that was allocated.
+    fn free(&self, frames: FrameRange);
+
+    /// Frames that are free now.
+    fn free_pages(&self) -> PageCount;
+
+    /// Maps pages to frames in the device's page table; replaces what was there.
+    ///
+    /// # Errors
+    /// [`DeviceError`]; then nothing is mapped at the range, and the device
+    /// faults when it uses it.
+    fn map(&self, range: PageRange, frames: FrameRange, access: Access)
+    -> Result<(), DeviceError>;
+
+    /// Maps pages to host memory: `range` itself for use in place, or staging
+    /// pages for exclusive access.
+    ///
+    /// # Errors
+    /// As [`Device::map`].
+    fn map_host(
+        &self,
+        range: PageRange,
+        host: VirtAddr,
+        access: Access,
+    ) -> Result<(), DeviceError>;
+
+    /// Unmaps pages. When it returns, no access of the device through an old
+    /// mapping is under way, and none will follow. Works on a lost device too.
+    fn unmap(&self, range: PageRange);
+
+    /// Hands transfers to the copy queue.
+    ///
+    /// # Errors
+    /// [`DeviceError`]; then none of them is under way.
+    fn submit(&self, transfers: &[Transfer]) -> Result<Fence, DeviceError>;
+
+    /// Waits until the queue has reached a fence. Called without locks.
+    ///
+    /// # Errors
+    /// [`DeviceError`], when one of the transfers up to the fence failed.
+    fn wait(&self, fence: Fence) -> Result<(), DeviceError>;
+}
+
+/// What the engine did about a device's fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resolution {
+    /// The page is mapped for the access; look again.
+    Mapped,
+    /// Somebody else has the page on its way: [`FaultHandler::wait_for_progress`],
+    /// then look again.
+    Retry,
+}
+
+/// Why a device's access is in error. The program's data is unchanged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum DeviceFaultError {
+    /// Nothing is mapped there, or it allows no access at all (EFAULT).
+    #[error("the device accessed {address}, where nothing is mapped that it could read")]
+    NotMapped {
+        /// The address.
+        address: VirtAddr,
+    },
+    /// A store to read-only memory (EPERM).
+    #[error("the device wrote to {address}, which is read-only")]
+    ReadOnly {
+        /// The address.
+        address: VirtAddr,
+    },
+    /// The page can neither move to the device nor be used in place.
+    #[error("the page at {address} can neither migrate nor be used in place: {reason}")]
+    Unreachable {
+        /// The address.
+        address: VirtAddr,
+        /// Why it did not migrate.
+        reason: hmm_types::StayReason,
+    },
+    /// The device is lost.
+    #[error("the device is lost")]
+    DeviceLost,
+    /// The engine is shutting down.
+    #[error("the engine is shutting down")]
+    ShuttingDown,
+}
+
+/// The engine, as a device sees it.
+pub trait FaultHandler: Sync {
+    /// A kernel of `device` needs `address`. Called on one of the device's own
+    /// threads, without locks.
+    ///
+    /// # Errors
+    /// [`DeviceFaultError`], when the access is in error.
+    fn device_fault(
+        &self,
+        device: DeviceId,
+        address: VirtAddr,
+        access: Access,
+    ) -> Result<Resolution, DeviceFaultError>;
+
+    /// Waits, for a bounded time, until some transition has ended.
+    fn wait_for_progress(&self);
+}

@@ -1,0 +1,214 @@
+//! What the engine asks of an address space.
+
+use hmm_types::{MemoryKind, PageCount, PageRange, Permissions, StayReason, VirtAddr};
+
+use crate::{EventBatch, SpaceId};
+
+/// What this kernel and this user's privileges allow. Whatever is missing has
+/// a slower or weaker substitute, which is counted when it is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Pages can be moved (UFFDIO_MOVE, Linux 6.8). Else they are
+    /// write-protected, copied and dropped.
+    pub move_pages: bool,
+    /// fork(2) is reported, so that children are served. Else everything must
+    /// come home before a fork.
+    pub fork_events: bool,
+    /// Faults that the kernel itself takes inside of system calls are
+    /// delivered. Else read(2) into a page on a device fails with EFAULT.
+    pub kernel_faults: bool,
+    /// Pages can be write-protected.
+    pub write_protect: bool,
+}
+
+/// Address ranges of the engine's staging memory, registered like the
+/// program's. Each is a whole number of 2 MiB slots and aligned to them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StagingLayout {
+    /// Slots of 4 KiB pages.
+    pub small: PageRange,
+    /// Slots that hold a transparent huge page each; none where the machine
+    /// has no THP.
+    pub huge: Option<PageRange>,
+}
+
+/// One mapping of the process, as far as it overlaps what was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mapping {
+    /// The part of the mapping that was asked for.
+    pub range: PageRange,
+    /// What backs it.
+    pub kind: MemoryKind,
+    /// What it allows now.
+    pub permissions: Permissions,
+    /// Whether it is memory of the engine itself, or a loaded program's.
+    pub engine_owned: bool,
+}
+
+/// What the CPU's page table holds for a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Presence {
+    /// Nothing: never touched, dropped, or moved away.
+    Hole,
+    /// A page, in memory or swapped out; part of a huge page or not.
+    Present {
+        /// Mapped by a huge entry.
+        huge: bool,
+    },
+}
+
+/// Why an operation on several pages stopped before the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// An event waits to be read: read it, then try again.
+    Again,
+    /// The page is pinned, or shared copy-on-write.
+    Busy,
+    /// The mapping's kind or flags rule the operation out.
+    Incompatible,
+    /// There is a page already where one was to be placed.
+    Exists,
+    /// There is no page where one was to be taken.
+    Hole,
+    /// Nothing is mapped there, or not registered.
+    NotMapped,
+    /// The process is gone.
+    Gone,
+    /// The kernel has no memory for it.
+    NoMemory,
+}
+
+/// How far an operation on several pages came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Pages done, from the start of the range.
+    pub done: PageCount,
+    /// What stopped it at the next page; `None` when all are done.
+    pub stop: Option<Stop>,
+}
+
+/// Why a range could not be registered; nothing was changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RegisterError {
+    /// Another userfaultfd has registered part of the range.
+    #[error("another userfaultfd owns part of the range; have it unregistered first")]
+    Foreign,
+    /// Part of the range is not mapped, or of a kind that cannot be registered.
+    #[error("part of the range is not mapped, or cannot be registered")]
+    Unsuitable,
+    /// The process has as many mappings as it may, or no memory.
+    #[error("the process may not have more mappings; raise vm.max_map_count")]
+    Limit,
+}
+
+/// A system call failed in a way that has no meaning of its own here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{operation} failed with error {errno}")]
+pub struct SpaceError {
+    /// What was tried.
+    pub operation: &'static str,
+    /// The kernel's error number.
+    pub errno: i32,
+}
+
+/// The process's memory, as the engine works on it.
+///
+/// Unless a method says otherwise it does not wait for anything but the
+/// kernel's own locks, does not allocate from the process heap and may be
+/// called while the gate and a block are locked.
+pub trait AddressSpace: Sync {
+    /// What works here.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Where staging memory lies. It never changes.
+    fn staging(&self) -> StagingLayout;
+
+    /// Visits the mappings that overlap `range`, in order. What is not visited
+    /// is not mapped.
+    ///
+    /// # Errors
+    /// When the kernel's map cannot be read.
+    fn mappings(
+        &self,
+        range: PageRange,
+        visit: &mut dyn FnMut(Mapping),
+    ) -> Result<(), SpaceError>;
+
+    /// Visits what the page table holds for `range`, in order, as few spans as
+    /// it likes; together they cover the range.
+    ///
+    /// # Errors
+    /// When the kernel's page map cannot be read.
+    fn presence(
+        &self,
+        range: PageRange,
+        visit: &mut dyn FnMut(PageRange, Presence),
+    ) -> Result<(), SpaceError>;
+
+    /// Says why [`AddressSpace::move_pages`] refused a page as
+    /// [`Stop::Incompatible`]: `None` when the page can be copied instead
+    /// (its protection or its flags differ), else the reason why it stays.
+    fn explain_refusal(&self, page: PageRange) -> Option<StayReason>;
+
+    /// Has faults and events of the range delivered from now on. The range may
+    /// span several mappings. Already registered parts stay as they are.
+    ///
+    /// # Errors
+    /// [`RegisterError`]; then nothing is registered that was not before.
+    fn register(&self, range: PageRange) -> Result<(), RegisterError>;
+
+    /// The opposite of [`AddressSpace::register`]. Pages that are not present
+    /// read as zeros afterwards.
+    fn unregister(&self, range: PageRange);
+
+    /// Moves pages to `to`. One of the two ranges is staging memory. Holes are
+    /// skipped and count as done; which those are, ask
+    /// [`AddressSpace::presence`] of the source before. Wakes threads that wait
+    /// for the destination.
+    fn move_pages(&self, from: PageRange, to: VirtAddr) -> Progress;
+
+    /// Places copies of `to.pages()` pages that begin at `from` (engine memory)
+    /// at `to` in a space, and wakes the threads that wait for them.
+    fn copy_pages(&self, space: SpaceId, from: VirtAddr, to: PageRange) -> Progress;
+
+    /// Places zeroed pages, and wakes the threads that wait for them.
+    fn zero_pages(&self, space: SpaceId, range: PageRange) -> Progress;
+
+    /// Wakes threads that wait for a page of the range; they look again.
+    fn wake(&self, space: SpaceId, range: PageRange);
+
+    /// Stops (or allows again) writes to the pages of the range.
+    fn write_protect(&self, range: PageRange, on: bool) -> Progress;
+
+    /// Drops the pages of a range. Reports its own [`crate::Event::Remove`] and
+    /// waits until that is read: call it without any lock, and never on a
+    /// thread that reads events.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    fn discard(&self, range: PageRange) -> Result<(), SpaceError>;
+
+    /// Gives the process its own copy of pages that it shares copy-on-write.
+    /// May fault: call it without any lock, and never on a thread that reads
+    /// events.
+    ///
+    /// # Errors
+    /// When the kernel refuses, or pages are gone.
+    fn unshare(&self, range: PageRange) -> Result<(), SpaceError>;
+
+    /// Fills one whole empty staging slot with fresh pages of its kind. False
+    /// when the kernel has no memory for it. Slow; not for the fault path.
+    fn provision(&self, slot: PageRange) -> bool;
+
+    /// Reads events that are there, at most as many as the batch has room for;
+    /// does not wait. The caller holds the gate for writing: threads that
+    /// changed the address space go on when their event has been read.
+    fn read_events(&self, batch: &mut EventBatch);
+
+    /// Lets a child space go: all of its pages are its own now.
+    fn release(&self, space: SpaceId);
+
+    /// Called without locks by whoever met [`Stop::Again`] and cannot read the
+    /// event itself: lets others run.
+    fn relax(&self);
+}

@@ -1,0 +1,100 @@
+//! The order in which locks are taken, and the check of it.
+
+use std::cell::Cell;
+
+/// Every lock of the engine, in the order in which they may be taken: a thread
+/// that holds a lock may only take locks that stand further down. `docs/locking.md`
+/// is checked against this list by a test.
+///
+/// For all of them: nobody allocates from the process heap, touches memory of
+/// the program, waits for a copy or for an event while holding one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Rank {
+    /// Serialises requests that change the set of devices, and shutdown. Held
+    /// across whole requests, so the fault path never takes it.
+    Control = 0,
+    /// The gate: the map from addresses to blocks. Held for reading by
+    /// everybody who looks at a block or commits a page; for writing while
+    /// events are read from the kernel and structural ones applied.
+    Gate = 1,
+    /// One block's page states. Held while they change and while pages are
+    /// moved with one short system call; never across a copy.
+    Block = 2,
+    /// Recycled staging pages.
+    Staging = 3,
+    /// Notifiers of mirrored ranges.
+    Notifiers = 4,
+    /// A device's own: frames, page table directory, queues.
+    Device = 5,
+    /// What an operating-system back end needs for itself.
+    System = 6,
+    /// Queues between engine threads, and the condition to wait for them.
+    Queue = 7,
+}
+
+impl Rank {
+    /// All ranks in order.
+    pub const ALL: [Self; 8] = [
+        Self::Control,
+        Self::Gate,
+        Self::Block,
+        Self::Staging,
+        Self::Notifiers,
+        Self::Device,
+        Self::System,
+        Self::Queue,
+    ];
+}
+
+thread_local! {
+    /// One bit for each rank that this thread holds.
+    static HELD: Cell<u16> = const { Cell::new(0) };
+}
+
+/// Proof that a rank was taken; gives it back when dropped.
+#[derive(Debug)]
+pub(crate) struct Held(#[cfg_attr(not(debug_assertions), allow(dead_code, reason = "only the check reads it"))] Rank);
+
+impl Held {
+    pub(crate) fn acquire(rank: Rank) -> Self {
+        if cfg!(debug_assertions) && !cfg!(hmm_shuttle) {
+            HELD.with(|held| {
+                let at_or_above = held.get() >> (rank as u8);
+                assert!(
+                    at_or_above == 0,
+                    "lock order: {rank:?} asked for while holding {:?}",
+                    Rank::ALL
+                        .into_iter()
+                        .filter(|&other| held.get() & (1 << (other as u8)) != 0)
+                        .collect::<Vec<_>>()
+                );
+                held.set(held.get() | 1 << (rank as u8));
+            });
+        }
+        Self(rank)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if cfg!(debug_assertions) && !cfg!(hmm_shuttle) {
+            HELD.with(|held| held.set(held.get() & !(1 << (self.0 as u8))));
+        }
+    }
+}
+
+/// Checks that the calling thread holds no lock: what may wait says so.
+///
+/// # Panics
+/// In debug and test builds, when it holds one.
+pub fn assert_none_held() {
+    if cfg!(debug_assertions) && !cfg!(hmm_shuttle) {
+        HELD.with(|held| {
+            assert!(
+                held.get() & !(1 << (Rank::Control as u8)) == 0,
+                "about to wait while holding a lock"
+            );
+        });
+    }
+}
