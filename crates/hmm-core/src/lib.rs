@@ -1,1 +1,57 @@
-//! ...
+//! The engine: where every page of a registered range lives, and how it gets
+//! from one place to another.
+//!
+//! # The way of a CPU fault
+//! 1. [`Engine::pump`] takes the gate for writing and reads the events that the
+//!    kernel has queued (`events.rs`). Structural ones are applied at once,
+//!    faults are queued for the reading thread itself.
+//! 2. [`Engine::serve`] takes the faults one by one (`fault.rs`): block and page
+//!    state say where the data is.
+//! 3. A page on a device is brought home (`home.rs`): unmapped from the device,
+//!    copied with no lock held, put in place and committed.
+//!
+//! # Modules
+//! | module | noun |
+//! |---|---|
+//! | `page` | the state of one page, packed into eight bytes |
+//! | `map` | addresses to blocks: what the gate protects |
+//! | `staging` | the pool of recycled staging pages |
+//! | `devices` | the devices and who shares their frames |
+//! | `events`, `children` | structural events; what forked children still need |
+//! | `fault`, `home` | a CPU touch; device memory to system memory |
+//! | `upload`, `fallback`, `transfer` | system memory to a device: by moving pages; by write-protecting them; between devices |
+//! | `migrate`, `evict` | requests and their reports; making room |
+//! | `device_fault` | a device's touch |
+//! | `mirror` | notifiers, snapshots and range faults |
+//! | `readahead` | how much to bring along |
+//!
+//! The core makes no system call, starts no thread and reads no clock; it calls
+//! `hmm-hal`. It keeps everything in engine memory (`hmm-mem`).
+#![forbid(unsafe_code)]
+
+mod children;
+mod device_fault;
+mod devices;
+mod engine;
+mod events;
+mod evict;
+mod executor;
+mod fallback;
+mod fault;
+mod home;
+mod map;
+mod migrate;
+mod mirror;
+mod page;
+mod readahead;
+mod report;
+mod staging;
+mod stats;
+mod transfer;
+mod upload;
+
+pub use engine::{AddDeviceError, Engine, Settings};
+pub use executor::{BOUNCE_PAGES, Executor};
+pub use mirror::{MirrorEntry, Notifier, NotifierId, Sequence};
+pub use report::{Destination, MigrationReport, Stayed};
+pub use stats::{LATENCY_BUCKETS, LatencyHistogram, Statistics, StatsSnapshot};

@@ -174,11 +174,22 @@ pub trait AddressSpace: Sync {
     /// Places zeroed pages, and wakes the threads that wait for them.
     fn zero_pages(&self, space: SpaceId, range: PageRange) -> Progress;
 
+    /// Marks pages whose data is lost: touching one raises SIGBUS instead of
+    /// giving zeros. Stops with [`Stop::Incompatible`] where the kernel cannot
+    /// (before Linux 6.6).
+    fn poison_pages(&self, space: SpaceId, range: PageRange) -> Progress;
+
     /// Wakes threads that wait for a page of the range; they look again.
     fn wake(&self, space: SpaceId, range: PageRange);
 
     /// Stops (or allows again) writes to the pages of the range.
     fn write_protect(&self, range: PageRange, on: bool) -> Progress;
+
+    /// Copies pages of the program to `to` (engine memory of the same length).
+    /// Stops with [`Stop::NotMapped`] instead of raising a signal. May wait for
+    /// a fault to be served: call it without any lock, and never on a thread
+    /// that reads events.
+    fn read_pages(&self, from: PageRange, to: VirtAddr) -> Progress;
 
     /// Drops the pages of a range. Reports its own [`crate::Event::Remove`] and
     /// waits until that is read: call it without any lock, and never on a

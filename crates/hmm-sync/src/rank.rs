@@ -21,24 +21,29 @@ pub enum Rank {
     /// One block's page states. Held while they change and while pages are
     /// moved with one short system call; never across a copy.
     Block = 2,
+    /// Pages that forked children have not got yet. Held while one of them is
+    /// placed in the child with one short system call.
+    Children = 3,
     /// Recycled staging pages.
-    Staging = 3,
+    Staging = 4,
     /// Notifiers of mirrored ranges.
-    Notifiers = 4,
+    Notifiers = 5,
     /// A device's own: frames, page table directory, queues.
-    Device = 5,
+    Device = 6,
     /// What an operating-system back end needs for itself.
-    System = 6,
-    /// Queues between engine threads, and the condition to wait for them.
-    Queue = 7,
+    System = 7,
+    /// Queues between engine threads, the condition to wait for them, and the
+    /// read-ahead streams.
+    Queue = 8,
 }
 
 impl Rank {
     /// All ranks in order.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Control,
         Self::Gate,
         Self::Block,
+        Self::Children,
         Self::Staging,
         Self::Notifiers,
         Self::Device,

@@ -1,0 +1,344 @@
+//! Forked children: what they still need from the engine.
+//!
+//! A fork copies the page table as it is. Pages that were on a device are
+//! missing in the child; their frames are shared from then on. The child gets
+//! each of them when it touches it, and the rest in the background, so that
+//! soon it depends on nobody. A device that wants to write to a shared frame
+//! gets a copy of its own first.
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use hmm_hal::{Event, EventBatch, SpaceId, Stop, Transfer};
+use hmm_mem::Vec;
+use hmm_types::{DeviceId, FrameId, FrameRange, PageCount, PageRange, VirtAddr};
+
+use crate::engine::Engine;
+use crate::executor::{BOUNCE_PAGES, Executor};
+use crate::home::run_transfers;
+use crate::map::SpaceMap;
+use crate::page::PageState;
+use crate::staging::StagingPage;
+
+/// A page that a child has not got yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Owed {
+    page: VirtAddr,
+    source: Source,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    /// A frame that the child shares.
+    Frame { device: DeviceId, frame: FrameId },
+    /// A staging page, which cannot be shared: given before the fork's event
+    /// is done with.
+    Staging(StagingPage),
+}
+
+#[derive(Debug)]
+struct Child {
+    space: SpaceId,
+    /// Sorted by address.
+    owed: Vec<Owed>,
+}
+
+impl Child {
+    fn position(&self, address: VirtAddr) -> usize {
+        self.owed.partition_point(|owed| owed.page < address)
+    }
+
+    fn within(&self, range: PageRange) -> std::ops::Range<usize> {
+        self.position(range.start())..self.position(range.end())
+    }
+}
+
+/// All children that are owed pages.
+#[derive(Debug)]
+pub(crate) struct Children(Vec<Child>);
+
+impl Children {
+    pub(crate) const fn new() -> Self {
+        Self(hmm_mem::vec())
+    }
+
+    fn get(&mut self, space: SpaceId) -> Option<&mut Child> {
+        self.0.iter_mut().find(|child| child.space == space)
+    }
+}
+
+impl Engine<'_> {
+    /// The process forked. Called with the gate held for writing, so nothing
+    /// has been committed since the kernel copied the page table.
+    pub(crate) fn fork(&self, map: &mut SpaceMap, space: SpaceId) {
+        let mut owed = hmm_mem::vec();
+        for piece in map.pieces() {
+            let mut inner = map.block(piece.block).lock();
+            if inner.away() == 0 && inner.in_flight() == 0 {
+                continue;
+            }
+            // Device mappings go: the next write asks, and un-shares.
+            self.invalidate(&mut inner, piece.range());
+            for (index, page) in (piece.first..).zip(piece.range().iter_pages()) {
+                if inner.entry(index).doomed() {
+                    continue;
+                }
+                let source = match inner.state(index) {
+                    PageState::Device { device, frame }
+                    | PageState::Downloading { device, frame }
+                    | PageState::Transferring { device, frame } => {
+                        self.share(device, frame);
+                        Source::Frame { device, frame }
+                    }
+                    PageState::Staged { page: staged, .. }
+                    | PageState::Uploading {
+                        source: Some(staged),
+                    } => Source::Staging(staged),
+                    PageState::System
+                    | PageState::Discarded
+                    | PageState::Copying
+                    | PageState::Dropping
+                    | PageState::Dropped
+                    | PageState::Uploading { source: None } => continue,
+                };
+                owed.push(Owed { page, source });
+            }
+        }
+        self.children.lock().0.push(Child { space, owed });
+        while let Some((page, staged)) = self.owed_from_staging(space) {
+            self.give_now(map, space, page, staged);
+        }
+    }
+
+    fn share(&self, device: DeviceId, frame: FrameId) {
+        assert!(
+            self.devices.slot(device).share(frame),
+            "a page is owed to more than 255 children at once"
+        );
+    }
+
+    fn owed_from_staging(&self, space: SpaceId) -> Option<(PageRange, StagingPage)> {
+        let mut children = self.children.lock();
+        children.get(space)?.owed.iter().find_map(|owed| {
+            let Source::Staging(staged) = owed.source else {
+                return None;
+            };
+            Some((PageRange::from_pages(owed.page, PageCount::ONE), staged))
+        })
+    }
+
+    /// Copies a page from staging to a child. The child may run already and
+    /// change its mappings: then its events come first, and the page may be
+    /// owed elsewhere, or not any more.
+    fn give_now(&self, map: &mut SpaceMap, space: SpaceId, page: PageRange, staged: StagingPage) {
+        let host = self.staging.lock().address(staged);
+        match self.space.copy_pages(space, host, page).stop {
+            // `NotMapped`: the child does not see this memory (MADV_DONTFORK).
+            None | Some(Stop::Gone | Stop::NotMapped | Stop::Exists) => {
+                self.child_dropped(space, page);
+            }
+            Some(Stop::Again) => {
+                let mut batch = EventBatch::new();
+                self.space.read_events(&mut batch);
+                for event in batch.iter() {
+                    if let Event::Fault { space, address, .. } = event {
+                        // Not ours to serve here: the thread faults again.
+                        let page = PageRange::from_pages(address.page_floor(), PageCount::ONE);
+                        self.space.wake(space, page);
+                    } else {
+                        self.apply(map, event);
+                    }
+                }
+            }
+            Some(Stop::NoMemory) => {}
+            Some(stop) => unreachable!("cannot give {page} to a forked child: {stop:?}"),
+        }
+    }
+
+    /// A child forked: its child is owed the same.
+    pub(crate) fn fork_of_child(&self, map: &mut SpaceMap, parent: SpaceId, space: SpaceId) {
+        let mut children = self.children.lock();
+        let mut owed = hmm_mem::vec();
+        if let Some(parent) = children.get(parent) {
+            owed.extend_from_slice(&parent.owed);
+        }
+        for page in &owed {
+            match page.source {
+                Source::Frame { device, frame } => self.share(device, frame),
+                Source::Staging(_) => {}
+            }
+        }
+        children.0.push(Child { space, owed });
+        drop(children);
+        // Only while the parent's own fork is being dealt with.
+        while let Some((page, staged)) = self.owed_from_staging(space) {
+            self.give_now(map, space, page, staged);
+        }
+    }
+
+    /// A child unmapped or dropped a range: nothing of it is owed any more.
+    pub(crate) fn child_dropped(&self, space: SpaceId, range: PageRange) {
+        let mut children = self.children.lock();
+        if let Some(child) = children.get(space) {
+            let gone = child.within(range);
+            for owed in child.owed.drain(gone) {
+                self.settle(owed);
+            }
+        }
+    }
+
+    pub(crate) fn child_remapped(&self, space: SpaceId, from: PageRange, to: VirtAddr) {
+        let mut children = self.children.lock();
+        if let Some(child) = children.get(space) {
+            let moved = child.within(from);
+            for owed in &mut child.owed[moved] {
+                owed.page = to.plus_pages(owed.page.pages_since(from.start()));
+            }
+            child.owed.sort_unstable_by_key(|owed| owed.page);
+        }
+    }
+
+    pub(crate) fn child_gone(&self, space: SpaceId) {
+        let mut children = self.children.lock();
+        if let Some(at) = children.0.iter().position(|child| child.space == space) {
+            for owed in children.0.swap_remove(at).owed {
+                self.settle(owed);
+            }
+            self.space.release(space);
+        }
+    }
+
+    fn settle(&self, owed: Owed) {
+        if let Source::Frame { device, frame } = owed.source {
+            self.devices.slot(device).free(FrameRange::new(frame, 1));
+        }
+    }
+
+    /// A child's thread touched a missing page.
+    pub(crate) fn child_fault(&self, executor: &mut Executor, space: SpaceId, address: VirtAddr) {
+        let page = PageRange::from_pages(address.page_floor(), PageCount::ONE);
+        if self.give_run(executor, space, page.start()).is_some() {
+            return;
+        }
+        let mut attempt = 0;
+        // Nothing is owed there: a hole.
+        while self.space.zero_pages(space, page).stop == Some(Stop::Again)
+            && self.wait_for_events(executor, attempt)
+        {
+            attempt += 1;
+        }
+        self.space.wake(space, page);
+    }
+
+    /// Gives a child the owed pages from `start` on that follow each other, a
+    /// few at a time. `None` when nothing is owed at `start`.
+    fn give_run(&self, executor: &mut Executor, space: SpaceId, start: VirtAddr) -> Option<u64> {
+        let mut run: [Option<Owed>; BOUNCE_PAGES as usize] = [None; BOUNCE_PAGES as usize];
+        let mut len = 0u64;
+        {
+            let mut children = self.children.lock();
+            let child = children.get(space)?;
+            let from = child.position(start);
+            for (slot, owed) in run.iter_mut().zip(&child.owed[from..]) {
+                if owed.page != start.plus_pages(len) {
+                    break;
+                }
+                *slot = Some(*owed);
+                len += 1;
+            }
+        }
+        if len == 0 {
+            return None;
+        }
+        let bounce = executor.bounce(len);
+        for (owed, host) in run.iter().flatten().zip(bounce.iter_pages()) {
+            let Source::Frame { device, frame } = owed.source else {
+                unreachable!("given before a fork's event is done with");
+            };
+            let transfer = Transfer::ToHost {
+                frames: FrameRange::new(frame, 1),
+                host,
+            };
+            let device = self.devices.slot(device).device;
+            if run_transfers(device, std::iter::once(transfer)).is_err() {
+                let page = PageRange::from_pages(owed.page, PageCount::ONE);
+                self.stats.lost_pages.fetch_add(1, Relaxed);
+                let _ = self.space.poison_pages(space, page);
+                self.child_dropped(space, page);
+                return Some(1);
+            }
+        }
+        let mut attempt = 0;
+        while !self.place_in_child(space, &run[..PageCount::new(len).index()], bounce.start())
+            && self.wait_for_events(executor, attempt)
+        {
+            attempt += 1;
+        }
+        Some(len)
+    }
+
+    /// Places copied pages in a child, those that are still owed as they were.
+    /// False when one of its events must be read first.
+    fn place_in_child(&self, space: SpaceId, run: &[Option<Owed>], bounce: VirtAddr) -> bool {
+        let mut children = self.children.lock();
+        let Some(child) = children.get(space) else {
+            return true;
+        };
+        for (index, owed) in (0u64..).zip(run.iter().flatten()) {
+            let at = child.position(owed.page);
+            if child.owed.get(at) != Some(owed) {
+                continue;
+            }
+            let page = PageRange::from_pages(owed.page, PageCount::ONE);
+            match self.space.copy_pages(space, bounce.plus_pages(index), page).stop {
+                Some(Stop::Again | Stop::NoMemory) => return false,
+                Some(Stop::Exists) => self.space.wake(space, page),
+                _ => {
+                    self.stats.child_pages.fetch_add(1, Relaxed);
+                }
+            }
+            child.owed.remove(at);
+            self.settle(*owed);
+        }
+        true
+    }
+
+    /// Gives children what they are owed, at most about `pages` pages; lets go
+    /// of those that are owed nothing. True when no child is left.
+    pub fn drain_children(&self, executor: &mut Executor, pages: u64) -> bool {
+        let mut given = 0;
+        while given < pages {
+            let next = {
+                let mut children = self.children.lock();
+                let Some(child) = children.0.first() else {
+                    return true;
+                };
+                match child.owed.last() {
+                    Some(owed) => {
+                        // Whole runs from the end: taking the last is cheap.
+                        let from = child.owed.len().saturating_sub(BOUNCE_PAGES as usize);
+                        let start = child.owed[from..]
+                            .iter()
+                            .rev()
+                            .zip(0u64..)
+                            .take_while(|(page, back)| {
+                                page.page.plus_pages(*back) == owed.page
+                            })
+                            .last()
+                            .map_or(owed.page, |(page, _)| page.page);
+                        Some((child.space, start))
+                    }
+                    None => {
+                        let space = child.space;
+                        children.0.swap_remove(0);
+                        self.space.release(space);
+                        None
+                    }
+                }
+            };
+            if let Some((space, start)) = next {
+                given += self.give_run(executor, space, start).unwrap_or(1);
+            }
+        }
+        false
+    }
+}

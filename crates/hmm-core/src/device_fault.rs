@@ -1,0 +1,177 @@
+//! A kernel on a device touched a page that the device has no mapping for.
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use hmm_hal::{DeviceFaultError, Mapping, Resolution};
+use hmm_types::{
+    Access, DeviceId, FrameRange, PageCount, PageRange, StayReason, USER_END, VirtAddr,
+};
+
+use crate::engine::Engine;
+use crate::executor::Executor;
+use crate::page::PageState;
+use crate::readahead::Plan;
+use crate::report::MigrationReport;
+use crate::upload::Target;
+
+/// What the page's state says about the fault.
+enum Found {
+    Mapped,
+    InFlight,
+    /// A frame that a forked child still needs as it is.
+    Unshare(PageRange),
+    /// Not on this device.
+    Away,
+}
+
+impl Engine<'_> {
+    /// Serves a fault of a device: brings the page there, or maps it in place.
+    /// For threads that may wait.
+    ///
+    /// # Errors
+    /// [`DeviceFaultError`], when the access is in error; nothing changed.
+    pub fn device_fault(
+        &self,
+        executor: &mut Executor,
+        device: DeviceId,
+        address: VirtAddr,
+        access: Access,
+    ) -> Result<Resolution, DeviceFaultError> {
+        self.stats.device_faults.fetch_add(1, Relaxed);
+        if self.is_closing() {
+            return Err(DeviceFaultError::ShuttingDown);
+        }
+        if self.devices.get(device).is_none_or(|slot| slot.is_retired()) {
+            return Err(DeviceFaultError::DeviceLost);
+        }
+        // mprotect sends no event: what is allowed is asked at every fault.
+        let mapping = self
+            .mapping_at(address)
+            .filter(|mapping| mapping.permissions.read)
+            .ok_or(DeviceFaultError::NotMapped { address })?;
+        if !mapping.permissions.allow(access) {
+            return Err(DeviceFaultError::ReadOnly { address });
+        }
+        let target = Target {
+            device,
+            access: if mapping.permissions.write {
+                Access::Write
+            } else {
+                Access::Read
+            },
+        };
+        match self.map_resident(address, target, access) {
+            Found::Mapped => Ok(Resolution::Mapped),
+            Found::InFlight => Ok(Resolution::Retry),
+            Found::Unshare(page) => {
+                self.step_between_devices(executor, page, device, target);
+                Ok(Resolution::Retry)
+            }
+            Found::Away => self.fetch_to_device(executor, device, address, &mapping, target),
+        }
+    }
+
+    /// Maps a page that is on the device already, with its neighbours.
+    fn map_resident(&self, address: VirtAddr, target: Target, access: Access) -> Found {
+        let map = self.gate.read();
+        let Some(piece) = map.find(address) else {
+            return Found::Away;
+        };
+        let mut inner = map.block(piece.block).lock();
+        inner.last_use = self.next_use();
+        let slot = self.devices.slot(target.device);
+        let page = piece.range().slice(0, 1);
+        match inner.state(piece.first) {
+            PageState::Device { device, frame } if device == target.device => {
+                let shared = slot.is_shared(frame);
+                if shared && access == Access::Write {
+                    return Found::Unshare(page);
+                }
+                let allowed = if shared { Access::Read } else { target.access };
+                let mapped = slot.device.map(page, FrameRange::new(frame, 1), allowed);
+                if mapped.is_ok() {
+                    Found::Mapped
+                } else {
+                    Found::InFlight
+                }
+            }
+            PageState::Staged { device, page: staged } if device == target.device => {
+                let host = self.staging.lock().address(staged);
+                if slot.device.map_host(page, host, target.access).is_ok() {
+                    Found::Mapped
+                } else {
+                    Found::InFlight
+                }
+            }
+            state if state.in_flight() => Found::InFlight,
+            _ => Found::Away,
+        }
+    }
+
+    fn fetch_to_device(
+        &self,
+        executor: &mut Executor,
+        device: DeviceId,
+        address: VirtAddr,
+        mapping: &Mapping,
+        target: Target,
+    ) -> Result<Resolution, DeviceFaultError> {
+        let page = PageRange::from_pages(address.page_floor(), PageCount::ONE);
+        let reason = match Self::immovable(mapping) {
+            Some(reason) => reason,
+            None => {
+                let window = self.device_window(address);
+                let mut report = MigrationReport::new();
+                self.migrate_to_device(executor, window, device, window, &mut report);
+                let stayed = report
+                    .stayed
+                    .iter()
+                    .find(|stayed| stayed.range.overlaps(page))
+                    .map(|stayed| stayed.reason);
+                match stayed {
+                    None => return Ok(Resolution::Mapped),
+                    Some(StayReason::Raced | StayReason::Busy) => return Ok(Resolution::Retry),
+                    Some(StayReason::DeviceLost) => return Err(DeviceFaultError::DeviceLost),
+                    Some(StayReason::Cancelled) => return Err(DeviceFaultError::ShuttingDown),
+                    Some(reason) => reason,
+                }
+            }
+        };
+        self.map_in_place(page, target)
+            .ok_or(DeviceFaultError::Unreachable { address, reason })
+    }
+
+    /// The pages that a fault takes along.
+    fn device_window(&self, address: VirtAddr) -> PageRange {
+        let plan = self.device_readahead.plan(address);
+        let (from, upto) = Plan::addresses((plan.now.0, plan.now.1.max(plan.ahead.1)));
+        PageRange::span(
+            from.max(VirtAddr::new(hmm_types::PAGE_SIZE)),
+            upto.min(VirtAddr::new(USER_END)),
+        )
+    }
+
+    /// Lets the device use a page of system memory where it is.
+    fn map_in_place(&self, page: PageRange, target: Target) -> Option<Resolution> {
+        let slot = self.devices.slot(target.device);
+        if !slot.device.info().system_memory {
+            return None;
+        }
+        let map = self.gate.read();
+        if let Some(piece) = map.find(page.start()) {
+            let mut inner = map.block(piece.block).lock();
+            if inner.state(piece.first).is_away() || inner.state(piece.first).in_flight() {
+                return Some(Resolution::Retry);
+            }
+            inner.in_place |= 1 << target.device.index();
+            slot.device
+                .map_host(page, page.start(), target.access)
+                .ok()?;
+        } else {
+            slot.device
+                .map_host(page, page.start(), target.access)
+                .ok()?;
+        }
+        Some(Resolution::Mapped)
+    }
+}

@@ -1,0 +1,278 @@
+//! The engine: its parts, its settings, and adding and removing devices.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use hmm_hal::{AddressSpace, Capabilities, Clock, Device};
+use hmm_sync::{Condvar, Mutex, Rank, RwLock};
+use hmm_types::{ByteCount, DeviceId, PageCount, PageRange, VirtAddr};
+
+use crate::children::Children;
+use crate::devices::Devices;
+use crate::executor::Executor;
+use crate::map::SpaceMap;
+use crate::mirror::Notifiers;
+use crate::readahead::Readahead;
+use crate::staging::StagingPool;
+use crate::stats::Statistics;
+
+/// What can be set when an engine is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Pages that a CPU fault brings home at least; a power of two, at most a
+    /// block.
+    pub fault_granule: PageCount,
+    /// Pages that a device fault takes along at least; likewise.
+    pub device_granule: PageCount,
+    /// Whether sequential faults lead to larger and asynchronous transfers.
+    pub readahead: bool,
+    /// Memory that staging may keep populated while nothing uses it.
+    pub staging_limit: ByteCount,
+    /// At most this many pages come home by copying even when staging has
+    /// pages to move. Moving a page makes every other CPU flush its TLB, which
+    /// copying does not, so few pages are copied faster than moved.
+    pub copy_at_most: PageCount,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            fault_granule: PageCount::new(16),
+            device_granule: PageCount::new(64),
+            readahead: true,
+            staging_limit: ByteCount::mib(512),
+            copy_at_most: PageCount::new(4),
+        }
+    }
+}
+
+/// How often an operation that the kernel answered with "an event waits" tries
+/// again before it gives up.
+pub(crate) const AGAIN_LIMIT: u32 = 20_000;
+/// How often a migration meets a page in flight before it reports it as busy.
+pub(crate) const BUSY_LIMIT: u32 = 64;
+/// How often a failed copy is tried again.
+pub(crate) const COPY_LIMIT: u32 = 3;
+
+/// Why a device was not added.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum AddDeviceError {
+    /// All slots are taken; removed devices keep theirs.
+    #[error("the engine has had 16 devices already; open a new engine for more")]
+    TooMany,
+    /// The device has no memory.
+    #[error("the device has less than one page of memory")]
+    NoMemory,
+    /// The engine is shutting down.
+    #[error("the engine is shutting down")]
+    ShuttingDown,
+}
+
+/// Heterogeneous memory management for one address space.
+///
+/// Every method may be called from any number of threads, each with its own
+/// [`Executor`].
+pub struct Engine<'env> {
+    pub(crate) space: &'env dyn AddressSpace,
+    pub(crate) clock: &'env dyn Clock,
+    pub(crate) settings: Settings,
+    pub(crate) capabilities: Capabilities,
+    pub(crate) gate: RwLock<SpaceMap>,
+    pub(crate) staging: Mutex<StagingPool>,
+    pub(crate) devices: Devices<'env>,
+    pub(crate) children: Mutex<Children>,
+    pub(crate) notifiers: Mutex<Notifiers>,
+    pub(crate) cpu_readahead: Readahead,
+    pub(crate) device_readahead: Readahead,
+    pub(crate) stats: Statistics,
+    pub(crate) uses: AtomicU64,
+    control: Mutex<()>,
+    closing: AtomicBool,
+    /// Counts ended transitions; who met a page in flight waits for the next.
+    progress: Mutex<u64>,
+    progressed: Condvar,
+    waiters: AtomicU64,
+}
+
+impl std::fmt::Debug for Engine<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine")
+            .field("settings", &self.settings)
+            .field("capabilities", &self.capabilities)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<'env> Engine<'env> {
+    /// An engine without devices for an address space.
+    #[must_use]
+    pub fn new(
+        space: &'env dyn AddressSpace,
+        clock: &'env dyn Clock,
+        settings: Settings,
+    ) -> Self {
+        Self {
+            space,
+            clock,
+            settings,
+            capabilities: space.capabilities(),
+            gate: RwLock::new(Rank::Gate, SpaceMap::new()),
+            staging: Mutex::new(Rank::Staging, StagingPool::new(space.staging())),
+            devices: Devices::new(),
+            children: Mutex::new(Rank::Children, Children::new()),
+            notifiers: Mutex::new(Rank::Notifiers, Notifiers::new()),
+            cpu_readahead: Readahead::new(settings.fault_granule.get(), settings.readahead),
+            device_readahead: Readahead::new(settings.device_granule.get(), settings.readahead),
+            stats: Statistics::new(),
+            uses: AtomicU64::new(1),
+            control: Mutex::new(Rank::Control, ()),
+            closing: AtomicBool::new(false),
+            progress: Mutex::new(Rank::Queue, 0),
+            progressed: Condvar::new(),
+            waiters: AtomicU64::new(0),
+        }
+    }
+
+    /// What the address space offers.
+    #[must_use]
+    pub const fn capabilities(&self) -> Capabilities {
+        self.capabilities
+    }
+
+    /// What the engine was opened with.
+    #[must_use]
+    pub const fn settings(&self) -> Settings {
+        self.settings
+    }
+
+    /// The counters.
+    #[must_use]
+    pub const fn statistics(&self) -> &Statistics {
+        &self.stats
+    }
+
+    /// Adds a device.
+    ///
+    /// # Errors
+    /// [`AddDeviceError`]; then nothing changed.
+    pub fn add_device(&self, device: &'env dyn Device) -> Result<DeviceId, AddDeviceError> {
+        let _control = self.control.lock();
+        if self.is_closing() {
+            return Err(AddDeviceError::ShuttingDown);
+        }
+        if device.info().memory.whole_pages() == PageCount::ZERO {
+            return Err(AddDeviceError::NoMemory);
+        }
+        self.devices.add(device).ok_or(AddDeviceError::TooMany)
+    }
+
+    /// Brings everything home from a device and lets nothing go there again.
+    /// True when nothing is left on it.
+    pub fn remove_device(&self, executor: &mut Executor, device: DeviceId) -> bool {
+        let Some(slot) = self.devices.get(device) else {
+            return true;
+        };
+        slot.retire();
+        self.bring_all_home(executor, Some(device))
+    }
+
+    /// Refuses new work and brings everything home. True when all pages are in
+    /// system memory and no child depends on the engine any more.
+    pub fn shut_down(&self, executor: &mut Executor) -> bool {
+        self.closing.store(true, Ordering::Release);
+        let home = self.bring_all_home(executor, None);
+        home & self.drain_children(executor, u64::MAX)
+    }
+
+    /// Refuses new work from now on; [`Engine::shut_down`] does the rest.
+    pub fn begin_shut_down(&self) {
+        self.closing.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Acquire)
+    }
+
+    /// Makes the engine accept work again after everything was brought home,
+    /// for instance around a fork that the kernel does not report.
+    pub fn reopen(&self) {
+        self.closing.store(false, Ordering::Release);
+    }
+
+    /// A logical time for recency of use.
+    pub(crate) fn next_use(&self) -> u64 {
+        self.uses.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Tells those who met a page in flight to look again.
+    pub(crate) fn transition_ended(&self) {
+        if self.waiters.load(Ordering::SeqCst) > 0 {
+            *self.progress.lock() += 1;
+            self.progressed.notify_all();
+        }
+    }
+
+    /// Waits until a transition has ended, a bounded time. Not for threads that
+    /// read events.
+    pub fn wait_for_transition(&self) {
+        const PATIENCE: Duration = Duration::from_micros(500);
+        hmm_sync::assert_none_held();
+        self.waiters.fetch_add(1, Ordering::SeqCst);
+        let progress = self.progress.lock();
+        drop(self.progressed.wait_timeout(progress, PATIENCE));
+        self.waiters.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Called without locks after the kernel said that an event waits to be
+    /// read: reads it, or lets those run who will. False when `attempt` has
+    /// reached the limit.
+    pub(crate) fn wait_for_events(&self, executor: &mut Executor, attempt: u32) -> bool {
+        hmm_sync::assert_none_held();
+        self.stats.again_retries.fetch_add(1, Ordering::Relaxed);
+        if executor.reads_events() && executor.has_room() {
+            self.pump(executor);
+        } else {
+            self.space.relax();
+        }
+        attempt < AGAIN_LIMIT
+    }
+
+    /// Whether the address is memory of the engine that must never fault.
+    pub(crate) fn is_staging(&self, address: VirtAddr) -> bool {
+        self.staging.lock().contains(address)
+    }
+
+    /// Pages of staging that somebody holds: zero when the engine is at rest.
+    #[must_use]
+    pub fn staging_held(&self) -> PageCount {
+        PageCount::new(self.staging.lock().held_pages())
+    }
+
+    /// Bytes of the engine's own tables: (for registered memory, per device).
+    #[must_use]
+    pub fn metadata_bytes(&self) -> (ByteCount, ByteCount) {
+        let map = self.gate.read().table_bytes() + self.staging.lock().table_bytes();
+        (
+            ByteCount::new(map),
+            ByteCount::new(self.devices.table_bytes()),
+        )
+    }
+
+    /// Pages of the range that the engine watches.
+    #[must_use]
+    pub fn registered_pages(&self, range: PageRange) -> PageCount {
+        let map = self.gate.read();
+        map.overlapping(range)
+            .map(|piece| piece.range().pages())
+            .sum()
+    }
+
+    /// Checks the map's own rules; for tests.
+    ///
+    /// # Panics
+    /// When one is broken.
+    pub fn check(&self) {
+        self.gate.read().check();
+    }
+}

@@ -1,0 +1,178 @@
+//! Reading events, and what structural ones do to the map.
+//!
+//! The thread that unmapped memory runs on as soon as its event has been
+//! *read*. So events are read with the gate held for writing, and structural
+//! ones are applied before it is let go: nobody can see a mapping that munmap
+//! has already returned from. While an event is unread, every commit of a page
+//! fails with "again", so what was read is all that happened.
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use hmm_hal::{Event, SpaceId};
+use hmm_types::{PageRange, VirtAddr};
+
+use crate::engine::Engine;
+use crate::executor::{Executor, QueuedFault};
+use crate::map::{BlockInner, Piece, SpaceMap};
+use crate::page::PageState;
+
+impl Engine<'_> {
+    /// Reads the events that are there, applies the structural ones and queues
+    /// the faults for this executor. Returns how many events it read; does
+    /// nothing while the executor's queue has no room for another batch.
+    pub fn pump(&self, executor: &mut Executor) -> usize {
+        if !executor.has_room() {
+            return 0;
+        }
+        let mut map = self.gate.write();
+        executor.batch.clear();
+        self.space.read_events(&mut executor.batch);
+        let count = executor.batch.len();
+        if count == 0 {
+            return 0;
+        }
+        let now = self.clock.now_ns();
+        // Structural events first: a fault is served by what holds after them.
+        let mut batch = std::mem::take(&mut executor.batch);
+        for event in batch.iter() {
+            if !matches!(event, Event::Fault { .. }) {
+                self.apply(&mut map, event);
+            }
+        }
+        drop(map);
+        for event in batch.iter() {
+            if let Event::Fault {
+                space,
+                address,
+                kind,
+                access,
+                thread: _,
+            } = event
+            {
+                executor.queue(QueuedFault {
+                    space,
+                    address,
+                    kind,
+                    access,
+                    read_at_ns: now,
+                });
+            }
+        }
+        batch.clear();
+        executor.batch = batch;
+        count
+    }
+
+    pub(crate) fn apply(&self, map: &mut SpaceMap, event: Event) {
+        self.stats.structural_events.fetch_add(1, Relaxed);
+        match event {
+            Event::Fault { .. } => unreachable!("faults are queued, not applied"),
+            Event::Unmap {
+                space: SpaceId::OWN,
+                range,
+            } => self.unmap(map, range),
+            Event::Remap {
+                space: SpaceId::OWN,
+                from,
+                to,
+            } => self.remap(map, from, to),
+            Event::Remove {
+                space: SpaceId::OWN,
+                range,
+            } => self.remove(map, range),
+            Event::Fork {
+                parent: SpaceId::OWN,
+                child,
+            } => self.fork(map, child),
+            Event::Fork { parent, child } => self.fork_of_child(map, parent, child),
+            Event::Unmap { space, range } | Event::Remove { space, range } => {
+                self.child_dropped(space, range);
+            }
+            Event::Remap { space, from, to } => self.child_remapped(space, from, to),
+            Event::Exit { space } => self.child_gone(space),
+        }
+    }
+
+    /// munmap: the pages are gone, and so is the right to the addresses.
+    fn unmap(&self, map: &mut SpaceMap, range: PageRange) {
+        let taken = map.remove(range, |map, piece| {
+            let mut inner = map.block(piece.block).lock();
+            self.drop_pages(&mut inner, piece, PageState::System);
+        });
+        map.release_blocks(&taken);
+    }
+
+    /// mremap: pages keep their block and index, pieces get other addresses.
+    fn remap(&self, map: &mut SpaceMap, from: PageRange, to: VirtAddr) {
+        let target = PageRange::from_pages(to, from.pages());
+        if !from.overlaps(target) {
+            // What was mapped there is replaced without an event of its own.
+            self.unmap(map, target);
+        }
+        let taken = map.remove(from, |map, piece| {
+            let mut inner = map.block(piece.block).lock();
+            self.invalidate(&mut inner, piece.range());
+        });
+        map.insert_moved(&taken, from.start(), to);
+    }
+
+    /// madvise: the pages are about to be dropped, the mapping stays. The
+    /// kernel drops them *after* this event has been read: see
+    /// [`PageState::Discarded`].
+    fn remove(&self, map: &SpaceMap, range: PageRange) {
+        for piece in map.overlapping(range) {
+            let mut inner = map.block(piece.block).lock();
+            self.drop_pages(&mut inner, piece, PageState::Discarded);
+        }
+    }
+
+    /// Frees what the pages of a piece hold away from the CPU and leaves them
+    /// in `state`; pages in flight are left to their executor, marked.
+    fn drop_pages(&self, inner: &mut BlockInner, piece: Piece, state: PageState) {
+        self.invalidate(inner, piece.range());
+        for index in piece.first..piece.first + piece.pages {
+            match inner.state(index) {
+                PageState::System | PageState::Discarded => inner.set(index, state),
+                PageState::Device { device, frame } => {
+                    self.devices
+                        .slot(device)
+                        .free(hmm_types::FrameRange::new(frame, 1));
+                    inner.set(index, state);
+                }
+                PageState::Staged { page, .. } => {
+                    self.staging.lock().put(page, true);
+                    inner.set(index, state);
+                }
+                PageState::Dropping if state == PageState::Discarded => {
+                    let parked = inner.entry(index).parked();
+                    let doomed = inner.entry(index).doomed();
+                    inner.set(index, PageState::Dropped);
+                    if parked {
+                        inner.park(index);
+                    }
+                    if doomed {
+                        inner.doom(index);
+                    }
+                }
+                PageState::Copying
+                | PageState::Dropping
+                | PageState::Dropped
+                | PageState::Uploading { .. }
+                | PageState::Downloading { .. }
+                | PageState::Transferring { .. } => inner.doom(index),
+            }
+        }
+        inner.tidy();
+    }
+
+    /// Takes a range of one block away from all devices that map it, and tells
+    /// those who mirror it. When it returns no device uses the range.
+    pub(crate) fn invalidate(&self, inner: &mut BlockInner, range: PageRange) {
+        self.notifiers.lock().invalidate(range);
+        if inner.away() > 0 || inner.in_place != 0 || inner.in_flight() > 0 {
+            for (_, slot) in self.devices.all() {
+                slot.device.unmap(range);
+            }
+        }
+    }
+}

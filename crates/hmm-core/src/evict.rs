@@ -1,0 +1,90 @@
+//! Making room on a device, and bringing everything home.
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use hmm_types::{DeviceId, PageRange, VirtAddr};
+
+use crate::engine::{BUSY_LIMIT, Engine};
+use crate::executor::Executor;
+use crate::page::PageState;
+
+impl Engine<'_> {
+    /// Evicts the block that the device has not used for longest, unless it
+    /// overlaps `keep`. False when there is none. An eviction never waits for a
+    /// migration: pages in flight are passed over.
+    pub(crate) fn make_room(
+        &self,
+        executor: &mut Executor,
+        device: DeviceId,
+        keep: PageRange,
+    ) -> bool {
+        let Some(victim) = self.least_recently_used(device, keep) else {
+            return false;
+        };
+        let mut from = victim.start();
+        let mut moved = 0;
+        while from < victim.end() {
+            let rest = PageRange::span(from, victim.end());
+            let step = self.step_home(executor, rest, Some(device), None);
+            moved += step.moved;
+            from = from.plus_pages(step.passed.max(1));
+        }
+        self.stats.evicted_pages.fetch_add(moved, Relaxed);
+        moved > 0
+    }
+
+    fn least_recently_used(&self, device: DeviceId, keep: PageRange) -> Option<PageRange> {
+        let map = self.gate.read();
+        let mut best: Option<(u64, PageRange)> = None;
+        for piece in map.pieces() {
+            if piece.range().overlaps(keep) {
+                continue;
+            }
+            let inner = map.block(piece.block).lock();
+            if inner.away() == 0 || best.is_some_and(|(used, _)| used <= inner.last_use) {
+                continue;
+            }
+            let holds = (piece.first..piece.first + piece.pages).any(
+                |index| matches!(inner.state(index), PageState::Device { device: on, .. } if on == device),
+            );
+            if holds {
+                best = Some((inner.last_use, piece.range()));
+            }
+        }
+        best.map(|(_, range)| range)
+    }
+
+    /// Brings home everything, or everything that is on one device. True when
+    /// nothing is left there.
+    pub fn bring_all_home(&self, executor: &mut Executor, only: Option<DeviceId>) -> bool {
+        let mut clean = true;
+        let mut cursor = VirtAddr::new(0);
+        let mut rounds = 0;
+        while let Some(range) = self.next_away(cursor) {
+            let step = self.step_home(executor, range, only, None);
+            if step.busy > 0 && rounds < BUSY_LIMIT * 16 {
+                rounds += 1;
+                self.wait_for_transition();
+                continue;
+            }
+            rounds = 0;
+            clean &= step.busy == 0 && step.stuck.is_none();
+            cursor = range.start().plus_pages(step.passed.max(1));
+        }
+        clean
+    }
+
+    /// The first mapped range at or behind `cursor` whose block has pages away
+    /// or in flight.
+    fn next_away(&self, cursor: VirtAddr) -> Option<PageRange> {
+        let map = self.gate.read();
+        let start = cursor.max(VirtAddr::new(hmm_types::PAGE_SIZE));
+        let everything = PageRange::span(start, VirtAddr::new(hmm_types::USER_END));
+        map.overlapping(everything)
+            .find(|piece| {
+                let inner = map.block(piece.block).lock();
+                inner.away() > 0 || inner.in_flight() > 0
+            })
+            .map(|piece| piece.range())
+    }
+}

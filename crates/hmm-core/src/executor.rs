@@ -1,0 +1,104 @@
+//! What a thread brings along to do the engine's work.
+
+use hmm_hal::{EventBatch, FaultKind, SpaceId};
+use hmm_types::{Access, PageCount, PageRange, VirtAddr};
+
+/// Pages of bounce memory that every executor owns.
+pub const BOUNCE_PAGES: u64 = 64;
+
+/// A fault that was read and waits to be served.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct QueuedFault {
+    pub(crate) space: SpaceId,
+    pub(crate) address: VirtAddr,
+    pub(crate) kind: FaultKind,
+    pub(crate) access: Access,
+    pub(crate) read_at_ns: u64,
+}
+
+/// A bounded queue of faults: first in, first out.
+#[derive(Debug)]
+struct FaultQueue {
+    slots: [Option<QueuedFault>; Self::CAPACITY],
+    head: usize,
+    len: usize,
+}
+
+impl FaultQueue {
+    /// Twice what is read at a time: a batch is only read while one fits.
+    const CAPACITY: usize = 2 * EventBatch::CAPACITY;
+}
+
+/// A thread's own place to work: bounce memory, a batch of events, and the
+/// faults it has read but not served. One for each thread that calls the
+/// engine; nothing in it is shared.
+#[derive(Debug)]
+pub struct Executor {
+    bounce: VirtAddr,
+    reads_events: bool,
+    queue: FaultQueue,
+    pub(crate) batch: EventBatch,
+}
+
+impl Executor {
+    /// For a thread that reads events and serves CPU faults. It must never
+    /// wait for an event to be read by somebody else.
+    ///
+    /// `bounce` is engine memory of [`BOUNCE_PAGES`] pages, not registered, of
+    /// this executor alone.
+    #[must_use]
+    pub const fn handler(bounce: VirtAddr) -> Self {
+        Self::new(bounce, true)
+    }
+
+    /// For a thread that carries out requests: migrations, device faults.
+    #[must_use]
+    pub const fn worker(bounce: VirtAddr) -> Self {
+        Self::new(bounce, false)
+    }
+
+    const fn new(bounce: VirtAddr, reads_events: bool) -> Self {
+        Self {
+            bounce,
+            reads_events,
+            queue: FaultQueue {
+                slots: [None; FaultQueue::CAPACITY],
+                head: 0,
+                len: 0,
+            },
+            batch: EventBatch::new(),
+        }
+    }
+
+    pub(crate) const fn reads_events(&self) -> bool {
+        self.reads_events
+    }
+
+    /// The first `pages` pages of bounce memory.
+    pub(crate) fn bounce(&self, pages: u64) -> PageRange {
+        assert!(pages <= BOUNCE_PAGES, "more pages than the bounce memory has");
+        PageRange::from_pages(self.bounce, PageCount::new(pages))
+    }
+
+    /// Whether another full batch of events could be queued.
+    pub(crate) const fn has_room(&self) -> bool {
+        self.queue.len + EventBatch::CAPACITY <= FaultQueue::CAPACITY
+    }
+
+    pub(crate) const fn queue(&mut self, fault: QueuedFault) {
+        assert!(self.queue.len < FaultQueue::CAPACITY, "more faults read than fit");
+        let at = (self.queue.head + self.queue.len) % FaultQueue::CAPACITY;
+        self.queue.slots[at] = Some(fault);
+        self.queue.len += 1;
+    }
+
+    pub(crate) const fn next_fault(&mut self) -> Option<QueuedFault> {
+        if self.queue.len == 0 {
+            return None;
+        }
+        let fault = self.queue.slots[self.queue.head].take();
+        self.queue.head = (self.queue.head + 1) % FaultQueue::CAPACITY;
+        self.queue.len -= 1;
+        fault
+    }
+}

@@ -1,0 +1,288 @@
+//! From system memory to a device where pages cannot be moved: kernels before
+//! Linux 6.8, and mappings whose protection differs from staging's.
+//!
+//! One *step*:
+//! 1. claim (gate, block): the pages are write-protected; states `Copying`;
+//! 2. copy, no lock held: program to bounce memory to frames;
+//! 3. recheck (gate, block): pages that are still wanted become `Dropping`;
+//! 4. drop, no lock held: madvise. The kernel reports that to us like the
+//!    program's own; the first report of a page is ours, a second one is the
+//!    program's and dooms it;
+//! 5. commit (gate, block): the frames own the data.
+//!
+//! A CPU write between 1 and 5 waits and then finds the page on the device.
+//! Weaker than moving pages: a pin for DMA cannot be seen, and step 4 goes by
+//! address (see `docs/limits.md`). Every page that goes this way is counted.
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use hmm_hal::{DeviceError, Presence, Stop, Transfer};
+use hmm_types::{DeviceId, FrameRange, PAGES_PER_BLOCK, PageCount, PageRange, StayReason};
+
+use crate::engine::Engine;
+use crate::executor::{BOUNCE_PAGES, Executor};
+use crate::home::run_transfers;
+use crate::page::PageState;
+use crate::staging::PageSet;
+use crate::upload::{Fate, Flight, Passed, Target};
+
+impl Engine<'_> {
+    /// One step with the first pages of `range`, which lies in one block.
+    pub(crate) fn step_by_copy(
+        &self,
+        executor: &mut Executor,
+        range: PageRange,
+        target: Target,
+    ) -> Passed {
+        if !self.capabilities.write_protect || executor.reads_events() {
+            return Passed::new(range.pages().get(), Fate::Stayed(StayReason::Limit));
+        }
+        let slot = self.devices.slot(target.device);
+        let want = range.pages().get().min(BOUNCE_PAGES);
+        let frames = match slot.device.allocate(PageCount::new(want)) {
+            Ok(frames) => frames,
+            Err(DeviceError::OutOfMemory) => {
+                return Passed::new(1, Fate::Stayed(StayReason::NoDeviceMemory));
+            }
+            Err(_) => {
+                return Passed::new(range.pages().get(), Fate::Stayed(StayReason::DeviceLost));
+            }
+        };
+        let mut attempt = 0;
+        let (flight, place) = loop {
+            match self.claim_protected(range, frames) {
+                Ok(claimed) => break claimed,
+                Err(None) if self.wait_for_events(executor, attempt) => attempt += 1,
+                Err(passed) => {
+                    slot.device.free(frames);
+                    return passed.unwrap_or(Passed::new(1, Fate::Stayed(StayReason::Busy)));
+                }
+            }
+        };
+        if flight.pages < frames.count() {
+            slot.device.free(frames.slice(flight.pages, frames.count() - flight.pages));
+        }
+        let frames = frames.slice(0, flight.pages);
+        let passed = match self.copy_protected(executor, &flight, place, frames, target.device) {
+            Ok(()) if self.drop_protected(&flight) => {
+                self.stats
+                    .fallback_pages
+                    .fetch_add(u64::from(flight.pages), Relaxed);
+                self.commit_out(&flight, frames, target, false)
+            }
+            Ok(()) => {
+                self.release_protected(executor, &flight, frames, target.device);
+                Passed::new(u64::from(flight.pages), Fate::Stayed(StayReason::Locked))
+            }
+            Err(reason) => {
+                self.release_protected(executor, &flight, frames, target.device);
+                Passed::new(u64::from(flight.pages), Fate::Stayed(reason))
+            }
+        };
+        self.transition_ended();
+        passed
+    }
+
+    fn claim_protected(
+        &self,
+        range: PageRange,
+        frames: FrameRange,
+    ) -> Result<(Flight, PageRange), Option<Passed>> {
+        let map = self.gate.read();
+        let stayed = |reason| Some(Passed::new(1, Fate::Stayed(reason)));
+        let Some(piece) = map.find(range.start()) else {
+            return Err(stayed(StayReason::Raced));
+        };
+        let mut inner = map.block(piece.block).lock();
+        let inner = &mut *inner;
+        let most = piece
+            .pages
+            .min(frames.count())
+            .min(u32::try_from(range.pages().get()).unwrap_or(u32::MAX));
+        let here = (0..most)
+            .take_while(|&offset| inner.state(piece.first + offset) == PageState::System)
+            .count();
+        if here == 0 {
+            let fate = match inner.state(piece.first) {
+                PageState::Discarded => Fate::Stayed(StayReason::Discarded),
+                _ => Fate::Busy,
+            };
+            return Err(Some(Passed::new(1, fate)));
+        }
+        let range = piece.range().slice(0, here as u64);
+        let progress = self.space.write_protect(range, true);
+        match progress.stop {
+            None => {}
+            Some(Stop::Again) => return Err(None),
+            Some(_) => return Err(stayed(StayReason::Limit)),
+        }
+        // Looked at under write protection: a page that is there stays as it is.
+        let mut present = PageSet::EMPTY;
+        let scan = self.space.presence(range, &mut |span, presence| {
+            if matches!(presence, Presence::Present { .. }) {
+                let from = span.start().pages_since(range.start());
+                for page in from..from + span.pages().get() {
+                    present.insert(PageCount::new(page).index());
+                }
+            }
+        });
+        if scan.is_err() {
+            let _ = self.space.write_protect(range, false);
+            return Err(stayed(StayReason::Limit));
+        }
+        self.invalidate(inner, range);
+        let pages = u32::try_from(here).unwrap_or(0);
+        for index in piece.first..piece.first + pages {
+            inner.set(index, PageState::Copying);
+        }
+        debug_assert!(here <= PAGES_PER_BLOCK);
+        let flight = Flight {
+            block: piece.block,
+            first: piece.first,
+            pages,
+            present,
+            source: None,
+        };
+        Ok((flight, range))
+    }
+
+    fn copy_protected(
+        &self,
+        executor: &Executor,
+        flight: &Flight,
+        place: PageRange,
+        frames: FrameRange,
+        device: DeviceId,
+    ) -> Result<(), StayReason> {
+        hmm_sync::assert_none_held();
+        let bounce = executor.bounce(u64::from(flight.pages));
+        for (first, pages, data) in flight.runs() {
+            if data {
+                let from = place.slice(u64::from(first), u64::from(pages));
+                let to = bounce.slice(u64::from(first), u64::from(pages)).start();
+                if self.space.read_pages(from, to).stop.is_some() {
+                    return Err(StayReason::Raced);
+                }
+            }
+        }
+        let transfers = flight.runs().map(|(first, pages, data)| {
+            let frames = frames.slice(first, pages);
+            if data {
+                Transfer::ToDevice {
+                    host: bounce.slice(u64::from(first), u64::from(pages)).start(),
+                    frames,
+                }
+            } else {
+                Transfer::Zero { frames }
+            }
+        });
+        run_transfers(self.devices.slot(device).device, transfers).map_err(|error| {
+            self.stats.copy_failures.fetch_add(1, Relaxed);
+            match error {
+                DeviceError::Lost => StayReason::DeviceLost,
+                _ => StayReason::CopyFailed,
+            }
+        })
+    }
+
+    /// Drops the copied pages from the program. False when the kernel refuses.
+    fn drop_protected(&self, flight: &Flight) -> bool {
+        let mut offset = 0;
+        while offset < flight.pages {
+            let Some((place, pages)) = self.mark_dropping(flight, offset) else {
+                offset += 1;
+                continue;
+            };
+            hmm_sync::assert_none_held();
+            if self.space.discard(place).is_err() {
+                return false;
+            }
+            offset += pages;
+        }
+        true
+    }
+
+    /// The next pages that are still wanted and lie together.
+    fn mark_dropping(&self, flight: &Flight, offset: u32) -> Option<(PageRange, u32)> {
+        let map = self.gate.read();
+        let block = map.block(flight.block);
+        let mut inner = block.lock();
+        let index = flight.first + offset;
+        let wanted = (0..flight.pages - offset)
+            .take_while(|&page| !inner.entry(index + page).doomed())
+            .count();
+        let place = block.place_of(index, u32::try_from(wanted).unwrap_or(0).max(1))?;
+        if wanted == 0 {
+            return None;
+        }
+        let pages = u32::try_from(place.pages().get()).unwrap_or(1);
+        for index in index..index + pages {
+            let parked = inner.entry(index).parked();
+            inner.set(index, PageState::Dropping);
+            if parked {
+                inner.park(index);
+            }
+        }
+        Some((place, pages))
+    }
+
+    /// Undoes a claim: what was not dropped is the program's again; what was
+    /// dropped already stays on the device.
+    fn release_protected(
+        &self,
+        executor: &mut Executor,
+        flight: &Flight,
+        frames: FrameRange,
+        device: DeviceId,
+    ) {
+        let mut offset = 0;
+        let mut attempt = 0;
+        while offset < flight.pages {
+            if self.release_page(flight, offset, frames, device) {
+                offset += 1;
+            } else if self.wait_for_events(executor, attempt) {
+                attempt += 1;
+            } else {
+                // Stays write-protected: the next write faults and lifts it.
+                offset += 1;
+            }
+        }
+    }
+
+    fn release_page(
+        &self,
+        flight: &Flight,
+        offset: u32,
+        frames: FrameRange,
+        device: DeviceId,
+    ) -> bool {
+        let map = self.gate.read();
+        let block = map.block(flight.block);
+        let mut inner = block.lock();
+        let inner = &mut *inner;
+        let index = flight.first + offset;
+        let entry = inner.entry(index);
+        let slot = self.devices.slot(device);
+        if entry.state() == PageState::Dropped && !entry.doomed() {
+            let frame = frames.frame(offset);
+            inner.set(index, PageState::Device { device, frame });
+        } else if entry.state().in_flight() {
+            slot.free(frames.slice(offset, 1));
+            let state = if entry.doomed() {
+                Self::after_removal(block, index)
+            } else {
+                PageState::System
+            };
+            inner.set(index, state);
+        }
+        let Some(place) = block.place_of(index, 1) else {
+            return true;
+        };
+        let lifted = self.space.write_protect(place, false).stop != Some(Stop::Again);
+        if entry.parked() {
+            self.wake_pages(block, index, 1);
+        }
+        inner.tidy();
+        lifted
+    }
+}

@@ -1,0 +1,177 @@
+//! A CPU thread touched a page that is not there.
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use hmm_hal::{FaultKind, SpaceId, Stop};
+use hmm_types::{PageCount, PageRange, VirtAddr};
+
+use crate::engine::Engine;
+use crate::executor::{Executor, QueuedFault};
+use crate::page::PageState;
+use crate::readahead::Plan;
+
+/// Pages filled with zeros at a time when a hole is touched.
+const ZERO_PAGES: u32 = 16;
+
+/// What a look at the page's state said.
+enum Found {
+    /// Nothing to do but to let the thread look again.
+    Wake,
+    /// The thread waits for the end of a flight.
+    Parked,
+    /// An event must be read first.
+    Again,
+    /// The page is away: bring this range home.
+    Away(PageRange),
+}
+
+impl Engine<'_> {
+    /// Serves the faults that this executor has read. Returns how many.
+    pub fn serve(&self, executor: &mut Executor) -> usize {
+        let mut served = 0;
+        while let Some(fault) = executor.next_fault() {
+            self.serve_fault(executor, fault);
+            served += 1;
+        }
+        served
+    }
+
+    fn serve_fault(&self, executor: &mut Executor, fault: QueuedFault) {
+        self.stats.cpu_faults.fetch_add(1, Relaxed);
+        if fault.space != SpaceId::OWN {
+            self.child_fault(executor, fault.space, fault.address);
+            return;
+        }
+        let page = PageRange::from_pages(fault.address.page_floor(), PageCount::ONE);
+        let mut attempt = 0;
+        let found = loop {
+            match self.look_at(fault) {
+                Found::Again if self.wait_for_events(executor, attempt) => attempt += 1,
+                found => break found,
+            }
+        };
+        match found {
+            Found::Wake | Found::Again => self.space.wake(SpaceId::OWN, page),
+            Found::Parked => {
+                self.stats.parked_faults.fetch_add(1, Relaxed);
+                self.read_ahead(executor, fault.address);
+            }
+            Found::Away(huge) => self.fetch(executor, fault, huge),
+        }
+        let latency = self.clock.now_ns().saturating_sub(fault.read_at_ns);
+        self.stats.fault_latency.record(latency);
+    }
+
+    fn look_at(&self, fault: QueuedFault) -> Found {
+        let map = self.gate.read();
+        let Some(piece) = map.find(fault.address) else {
+            drop(map);
+            assert!(
+                !self.is_staging(fault.address),
+                "a thread touched an empty staging page at {}",
+                fault.address
+            );
+            // Registered memory without a piece has nothing away: a hole, for
+            // instance behind mremap(MREMAP_DONTUNMAP).
+            let page = PageRange::from_pages(fault.address.page_floor(), PageCount::ONE);
+            return match self.space.zero_pages(SpaceId::OWN, page).stop {
+                Some(Stop::Again) => Found::Again,
+                _ => Found::Wake,
+            };
+        };
+        let block = map.block(piece.block);
+        let mut inner = block.lock();
+        let entry = inner.entry(piece.first);
+        match entry.state() {
+            PageState::System | PageState::Discarded if fault.kind == FaultKind::WriteProtected => {
+                let page = piece.range().slice(0, 1);
+                match self.space.write_protect(page, false).stop {
+                    Some(Stop::Again) => Found::Again,
+                    _ => Found::Wake,
+                }
+            }
+            PageState::System | PageState::Discarded => self.fill_hole(&mut inner, piece),
+            // The program dropped the page under the copy that still reads it.
+            PageState::Copying if entry.doomed() && fault.kind == FaultKind::Missing => {
+                match self.space.zero_pages(SpaceId::OWN, piece.range().slice(0, 1)).stop {
+                    Some(Stop::Again) => Found::Again,
+                    _ => Found::Wake,
+                }
+            }
+            PageState::Device { .. } | PageState::Staged { .. } => {
+                let block_start = piece.start.block_floor();
+                let whole = inner.huge
+                    && block.place_of(0, 512).is_some_and(|place| {
+                        place.start() == block_start && place.pages().get() == 512
+                    });
+                Found::Away(if whole {
+                    PageRange::from_pages(block_start, PageCount::new(512))
+                } else {
+                    piece.range().slice(0, 1)
+                })
+            }
+            PageState::Copying
+            | PageState::Dropping
+            | PageState::Dropped
+            | PageState::Uploading { .. }
+            | PageState::Downloading { .. }
+            | PageState::Transferring { .. } => {
+                inner.park(piece.first);
+                Found::Parked
+            }
+        }
+    }
+
+    /// Puts zeros where nobody has been yet, a few pages at a time.
+    fn fill_hole(
+        &self,
+        inner: &mut crate::map::BlockInner,
+        piece: crate::map::Piece,
+    ) -> Found {
+        self.stats.zero_faults.fetch_add(1, Relaxed);
+        let pages = (0..piece.pages.min(ZERO_PAGES))
+            .take_while(|&offset| {
+                matches!(
+                    inner.state(piece.first + offset),
+                    PageState::System | PageState::Discarded
+                )
+            })
+            .count();
+        let range = piece.range().slice(0, pages as u64);
+        let progress = self.space.zero_pages(SpaceId::OWN, range);
+        for (index, _) in (piece.first..).zip(0..progress.done.get()) {
+            inner.set(index, PageState::System);
+        }
+        match progress.stop {
+            Some(Stop::Again) if progress.done == PageCount::ZERO => Found::Again,
+            // Behind the first page others may exist already; that is fine.
+            _ => Found::Wake,
+        }
+    }
+
+    /// Brings the page home, and what the plan says with it.
+    fn fetch(&self, executor: &mut Executor, fault: QueuedFault, least: PageRange) {
+        let plan = self.cpu_readahead.plan(fault.address);
+        let (from, upto) = Plan::addresses(plan.now);
+        let from = from.min(least.start()).max(VirtAddr::new(hmm_types::PAGE_SIZE));
+        let upto = upto.max(least.end()).min(VirtAddr::new(hmm_types::USER_END));
+        // The touched page first: somebody waits for it.
+        let window = PageRange::span(from, upto);
+        self.bring_demanded(executor, fault.address, window);
+        self.run_ahead(executor, plan);
+    }
+
+    fn read_ahead(&self, executor: &mut Executor, address: VirtAddr) {
+        let plan = self.cpu_readahead.plan(address);
+        self.run_ahead(executor, plan);
+    }
+
+    fn run_ahead(&self, executor: &mut Executor, plan: Plan) {
+        let (from, upto) = Plan::addresses(plan.ahead);
+        let upto = upto.min(VirtAddr::new(hmm_types::USER_END));
+        if from < upto {
+            let moved = self.bring_ahead(executor, PageRange::span(from, upto));
+            self.stats.readahead_pages.fetch_add(moved, Relaxed);
+        }
+    }
+}

@@ -1,0 +1,631 @@
+//! From a device to system memory.
+//!
+//! One *step* brings one run of neighbouring pages home:
+//! 1. claim (gate, block): states become `Downloading`, the device's mapping
+//!    goes;
+//! 2. copy, no lock held: frames into recycled staging pages, or into bounce
+//!    memory when few pages come;
+//! 3. place and commit (gate, block): the staging pages are moved into the
+//!    program (or the bounce pages copied), the frames freed, waiters woken.
+//!
+//! Until step 3 the frames own the data. Whatever fails before leaves the page
+//! on the device; whatever the program removes meanwhile is dropped in step 3.
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use hmm_hal::{DeviceError, Progress, SpaceId, Stop, Transfer};
+use hmm_types::{
+    DeviceId, FrameId, FrameRange, PAGES_PER_BLOCK, PageCount, PageRange, StayReason, VirtAddr,
+};
+
+use crate::engine::{COPY_LIMIT, Engine};
+use crate::executor::{BOUNCE_PAGES, Executor};
+use crate::map::{BlockId, BlockInner};
+use crate::page::PageState;
+use crate::staging::{SlotKind, StagingPage, StagingRun};
+
+/// Pages that one step takes at most, unless a huge page is moved whole: small
+/// enough that a reader who waits for the first of them does not wait long.
+const STEP_PAGES: u32 = 128;
+/// Transfers handed to a device at a time.
+pub(crate) const TRANSFERS: usize = 32;
+
+/// What one step did with the pages it was given, counted from the first.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Step {
+    /// Pages dealt with, one way or another.
+    pub(crate) passed: u64,
+    /// Pages that came home.
+    pub(crate) moved: u64,
+    /// Pages that are in flight elsewhere.
+    pub(crate) busy: u64,
+    /// Pages that could not come, and why.
+    pub(crate) stuck: Option<(PageRange, StayReason)>,
+}
+
+/// Pages of a block whose states are `Downloading`, owned by the step.
+struct Claim {
+    block: BlockId,
+    first: u32,
+    pages: u32,
+    device: DeviceId,
+    frames: [FrameId; PAGES_PER_BLOCK],
+    huge: bool,
+}
+
+impl Claim {
+    /// The frames of pages `from..from + pages` as runs, each with the index of
+    /// its first page counted from `from`.
+    fn runs(&self, from: u32, pages: u32) -> impl Iterator<Item = (u32, FrameRange)> {
+        let frames = &self.frames[from as usize..(from + pages) as usize];
+        let mut next = 0u32;
+        std::iter::from_fn(move || {
+            let start = next;
+            let first = frames.get(start as usize)?;
+            next += 1;
+            while frames
+                .get(next as usize)
+                .is_some_and(|frame| frame.get() == first.get() + (next - start))
+            {
+                next += 1;
+            }
+            Some((start, FrameRange::new(*first, next - start)))
+        })
+    }
+}
+
+/// Host memory that a step copies into.
+#[derive(Clone, Copy)]
+enum Landing {
+    Staging(StagingRun, VirtAddr),
+    Bounce(VirtAddr, u32),
+}
+
+impl Landing {
+    const fn pages(&self) -> u32 {
+        match self {
+            Self::Staging(run, _) => run.pages,
+            Self::Bounce(_, pages) => *pages,
+        }
+    }
+
+    const fn address(&self, page: u32) -> VirtAddr {
+        match self {
+            Self::Staging(_, start) | Self::Bounce(start, _) => start.plus_pages(page as u64),
+        }
+    }
+
+    fn staging_page(&self, page: u32) -> Option<StagingPage> {
+        match self {
+            Self::Staging(run, _) => Some(run.first.plus(page)),
+            Self::Bounce(..) => None,
+        }
+    }
+}
+
+impl Engine<'_> {
+    /// Brings the page at `address` home, whatever it takes, and the rest of
+    /// the window around it: before it if that is little, else after it.
+    pub(crate) fn bring_demanded(
+        &self,
+        executor: &mut Executor,
+        address: VirtAddr,
+        window: PageRange,
+    ) {
+        let page = address.page_floor();
+        let start = if window.pages().get() <= BOUNCE_PAGES {
+            window.start()
+        } else {
+            page
+        };
+        let mut from = start;
+        while from < window.end() {
+            let rest = PageRange::span(from, window.end());
+            let step = self.step_home(executor, rest, None, Some(page));
+            from = from.plus_pages(step.passed.max(1));
+        }
+        if window.start() < start {
+            self.bring_ahead(executor, PageRange::span(window.start(), start));
+        }
+    }
+
+    /// Brings home what is away in a range; pages in flight are left alone.
+    /// Returns the number of pages that came.
+    pub(crate) fn bring_ahead(&self, executor: &mut Executor, range: PageRange) -> u64 {
+        let mut from = range.start();
+        let mut moved = 0;
+        while from < range.end() {
+            let step = self.step_home(executor, PageRange::span(from, range.end()), None, None);
+            from = from.plus_pages(step.passed.max(1));
+            moved += step.moved;
+        }
+        moved
+    }
+
+    /// One step with the first run of away pages in `range`, on `only` or on
+    /// any device. A CPU thread waits for the page at `demand`: if that cannot be
+    /// read from its device any more it is poisoned; others stay there.
+    pub(crate) fn step_home(
+        &self,
+        executor: &mut Executor,
+        range: PageRange,
+        only: Option<DeviceId>,
+        demand: Option<VirtAddr>,
+    ) -> Step {
+        let mut step = Step::default();
+        let mut attempt = 0;
+        let claim = loop {
+            match self.claim_home(range, only, &mut step) {
+                Claimed::Nothing => return step,
+                Claimed::Again => {
+                    if !self.wait_for_events(executor, attempt) {
+                        step.passed = step.passed.max(1);
+                        step.stuck = Some((range.slice(0, 1), StayReason::Busy));
+                        return step;
+                    }
+                    attempt += 1;
+                    step = Step::default();
+                }
+                Claimed::Pages(claim) => break claim,
+            }
+        };
+        let mut done = 0;
+        while done < claim.pages {
+            let landing = self.landing(executor, &claim, claim.pages - done);
+            match self.copy_home(&claim, done, landing) {
+                Ok(()) => step.moved += self.commit_home(executor, &claim, done, landing),
+                Err(error) => {
+                    self.copy_home_failed(&claim, done, landing, error, demand, &mut step);
+                }
+            }
+            done += landing.pages();
+        }
+        step.passed += u64::from(claim.pages);
+        self.stats.pages_to_system.fetch_add(step.moved, Relaxed);
+        self.transition_ended();
+        step
+    }
+
+    /// Finds the first run of pages that are away and claims it. Staged pages
+    /// are put back at once: that needs no copy.
+    fn claim_home(&self, range: PageRange, only: Option<DeviceId>, step: &mut Step) -> Claimed {
+        let map = self.gate.read();
+        // One block a step: its lock is held while states are looked through.
+        let Some(piece) = map.overlapping(range).next() else {
+            step.passed = range.pages().get();
+            return Claimed::Nothing;
+        };
+        step.passed = piece.start.pages_since(range.start());
+        let block = map.block(piece.block);
+        let mut inner = block.lock();
+        let inner = &mut *inner;
+        let wanted = |state| match state {
+            PageState::Device { device, .. } | PageState::Staged { device, .. } => {
+                only.is_none_or(|only| only == device)
+            }
+            _ => false,
+        };
+        if inner.away() == 0 && inner.in_flight() == 0 {
+            step.passed += u64::from(piece.pages);
+            return Claimed::Nothing;
+        }
+        let end = piece.first + piece.pages;
+        let mut index = piece.first;
+        while index < end && !wanted(inner.state(index)) {
+            step.busy += u64::from(inner.state(index).in_flight());
+            step.passed += 1;
+            index += 1;
+        }
+        if index == end {
+            return Claimed::Nothing;
+        }
+        let place = piece
+            .range()
+            .slice(u64::from(index - piece.first), u64::from(end - index));
+        if let PageState::Staged { page, .. } = inner.state(index) {
+            return self.unstage(inner, index, place.slice(0, 1), page, step);
+        }
+        let PageState::Device { device, .. } = inner.state(index) else {
+            unreachable!("only pages that are away are wanted");
+        };
+        let huge = inner.huge
+            && index == 0
+            && end == PAGES_PER_BLOCK as u32
+            && place.start().is_block_aligned();
+        let most = if huge { PAGES_PER_BLOCK as u32 } else { STEP_PAGES };
+        let mut claim = Claim {
+            block: piece.block,
+            first: index,
+            pages: 0,
+            device,
+            frames: [FrameId::new(0); PAGES_PER_BLOCK],
+            huge,
+        };
+        while claim.pages < most && index < end {
+            let PageState::Device { device: on, frame } = inner.state(index) else {
+                break;
+            };
+            if on != device {
+                break;
+            }
+            claim.frames[claim.pages as usize] = frame;
+            claim.pages += 1;
+            index += 1;
+        }
+        let place = place.slice(0, u64::from(claim.pages));
+        self.notifiers.lock().invalidate(place);
+        self.devices.slot(device).device.unmap(place);
+        for offset in 0..claim.pages {
+            let frame = claim.frames[offset as usize];
+            inner.set(claim.first + offset, PageState::Downloading { device, frame });
+        }
+        claim.huge &= claim.pages == PAGES_PER_BLOCK as u32;
+        Claimed::Pages(claim)
+    }
+
+    /// Puts one staged page back in place.
+    fn unstage(
+        &self,
+        inner: &mut BlockInner,
+        index: u32,
+        place: PageRange,
+        page: StagingPage,
+        step: &mut Step,
+    ) -> Claimed {
+        let from = PageRange::from_pages(self.staging.lock().address(page), PageCount::ONE);
+        self.invalidate(inner, place);
+        let mut progress = self.space.move_pages(from, place.start());
+        let moved = progress.stop.is_none();
+        if progress.stop == Some(Stop::Incompatible) {
+            progress = self.space.copy_pages(SpaceId::OWN, from.start(), place);
+        }
+        match progress.stop {
+            None => {
+                inner.set(index, PageState::System);
+                self.staging.lock().put(page, !moved);
+                step.passed += 1;
+                step.moved += 1;
+                self.stats.pages_to_system.fetch_add(1, Relaxed);
+                Claimed::Nothing
+            }
+            Some(Stop::Gone) => {
+                step.passed += 1;
+                Claimed::Nothing
+            }
+            Some(Stop::Again | Stop::NoMemory | Stop::NotMapped) => Claimed::Again,
+            Some(stop) => unreachable!("a staged page cannot go back to {place}: {stop:?}"),
+        }
+    }
+
+    /// Where to copy the next pages of a claim.
+    fn landing(&self, executor: &Executor, claim: &Claim, pages: u32) -> Landing {
+        if self.capabilities.move_pages && u64::from(pages) > self.settings.copy_at_most.get() {
+            let mut staging = self.staging.lock();
+            let kinds: &[SlotKind] = if claim.huge && pages == claim.pages {
+                &[SlotKind::Huge, SlotKind::Small]
+            } else {
+                &[SlotKind::Small]
+            };
+            for &kind in kinds {
+                if let Some(run) = staging.take_ready(kind, pages) {
+                    if claim.huge {
+                        let counter = match kind {
+                            SlotKind::Huge => &self.stats.huge_pages,
+                            SlotKind::Small => &self.stats.huge_pages_lost,
+                        };
+                        counter.fetch_add(u64::from(run.pages), Relaxed);
+                    }
+                    return Landing::Staging(run, staging.address(run.first));
+                }
+            }
+            self.stats.staging_dry.fetch_add(1, Relaxed);
+        }
+        let pages = u64::from(pages).min(BOUNCE_PAGES);
+        let bounce = executor.bounce(pages);
+        match u32::try_from(pages) {
+            Ok(pages) => Landing::Bounce(bounce.start(), pages),
+            Err(_) => unreachable!("bounce memory is a few pages"),
+        }
+    }
+
+    fn copy_home(&self, claim: &Claim, from: u32, landing: Landing) -> Result<(), DeviceError> {
+        hmm_sync::assert_none_held();
+        let device = self.devices.slot(claim.device).device;
+        let mut result = Ok(());
+        for _ in 0..COPY_LIMIT {
+            let transfers = claim
+                .runs(from, landing.pages())
+                .map(|(page, frames)| Transfer::ToHost {
+                    frames,
+                    host: landing.address(page),
+                });
+            result = run_transfers(device, transfers);
+            match result {
+                Ok(()) | Err(DeviceError::Lost) => break,
+                Err(_) => {
+                    self.stats.copy_failures.fetch_add(1, Relaxed);
+                }
+            }
+        }
+        result
+    }
+
+    /// Puts copied pages in place. Returns how many are home; the others were
+    /// removed by the program, or rest on the device because the way was
+    /// blocked too often.
+    fn commit_home(
+        &self,
+        executor: &mut Executor,
+        claim: &Claim,
+        from: u32,
+        landing: Landing,
+    ) -> u64 {
+        let mut moved = 0;
+        let mut offset = 0;
+        let mut attempt = 0;
+        while offset < landing.pages() {
+            match self.place_home(claim, from, landing, &mut offset, &mut moved) {
+                None => {}
+                // Exit of the process: nobody will look at the page again.
+                Some(Stop::Gone) => {
+                    self.settle_home(claim, from, landing, &mut offset);
+                }
+                Some(_) => {
+                    if !self.wait_for_events(executor, attempt) {
+                        self.settle_home(claim, from, landing, &mut offset);
+                    }
+                    attempt += 1;
+                }
+            }
+        }
+        moved
+    }
+
+    /// Places the next run that lies together. `Some` when it must be tried
+    /// again.
+    fn place_home(
+        &self,
+        claim: &Claim,
+        from: u32,
+        landing: Landing,
+        offset: &mut u32,
+        moved: &mut u64,
+    ) -> Option<Stop> {
+        let map = self.gate.read();
+        let block = map.block(claim.block);
+        let mut inner = block.lock();
+        let index = claim.first + from + *offset;
+        let left = landing.pages() - *offset;
+        if inner.entry(index).doomed() {
+            self.drop_claimed(&mut inner, claim, from, landing, *offset, block.place_of(index, 1));
+            *offset += 1;
+            return None;
+        }
+        let sound = (0..left)
+            .take_while(|&page| !inner.entry(index + page).doomed())
+            .count();
+        let Some(place) = block.place_of(index, u32::try_from(sound).unwrap_or(left)) else {
+            unreachable!("a page that is not doomed is mapped somewhere");
+        };
+        let host = landing.address(*offset);
+        let (progress, emptied) = self.place_pages(host, place, landing);
+        let placed = u32::try_from(progress.done.get()).unwrap_or(0);
+        for (_, frames) in claim.runs(from + *offset, placed) {
+            self.devices.slot(claim.device).free(frames);
+        }
+        for page in 0..placed {
+            inner.set(index + page, PageState::System);
+        }
+        if let Landing::Staging(run, _) = landing {
+            let mut staging = self.staging.lock();
+            for page in *offset..*offset + placed {
+                staging.put(run.first.plus(page), !emptied);
+            }
+        }
+        *moved += progress.done.get();
+        *offset += placed;
+        if progress.stop == Some(Stop::Exists) {
+            unreachable!("there is a page at {place} already, where one comes home");
+        }
+        inner.tidy();
+        progress.stop
+    }
+
+    /// Moves staging pages in, or copies where the mapping does not let pages
+    /// move or the pages are bounce memory. True when the sources are gone.
+    fn place_pages(&self, host: VirtAddr, place: PageRange, landing: Landing) -> (Progress, bool) {
+        if let Landing::Staging(..) = landing {
+            let source = PageRange::from_pages(host, place.pages());
+            let progress = self.space.move_pages(source, place.start());
+            if progress.done > PageCount::ZERO || progress.stop != Some(Stop::Incompatible) {
+                return (progress, true);
+            }
+        }
+        (self.space.copy_pages(SpaceId::OWN, host, place), false)
+    }
+
+    fn free_claimed(&self, claim: &Claim, page: u32) {
+        let frame = claim.frames[page as usize];
+        self.devices.slot(claim.device).free(FrameRange::new(frame, 1));
+    }
+
+    /// A page that the program removed while it was on its way.
+    fn drop_claimed(
+        &self,
+        inner: &mut BlockInner,
+        claim: &Claim,
+        from: u32,
+        landing: Landing,
+        offset: u32,
+        place: Option<PageRange>,
+    ) {
+        let index = claim.first + from + offset;
+        let parked = inner.entry(index).parked();
+        self.free_claimed(claim, from + offset);
+        inner.set(
+            index,
+            if place.is_some() {
+                PageState::Discarded
+            } else {
+                PageState::System
+            },
+        );
+        if let Some(staging) = landing.staging_page(offset) {
+            self.staging.lock().put(staging, true);
+        }
+        if let (true, Some(place)) = (parked, place) {
+            self.space.wake(SpaceId::OWN, place);
+        }
+        inner.tidy();
+    }
+
+    /// Gives the rest of a landing up: the pages rest on the device.
+    fn settle_home(&self, claim: &Claim, from: u32, landing: Landing, offset: &mut u32) {
+        let map = self.gate.read();
+        let block = map.block(claim.block);
+        let mut inner = block.lock();
+        while *offset < landing.pages() {
+            self.settle_page(&mut inner, claim, from + *offset, block.place_of(claim.first + from + *offset, 1));
+            if let Some(staging) = landing.staging_page(*offset) {
+                self.staging.lock().put(staging, true);
+            }
+            *offset += 1;
+        }
+    }
+
+    /// One page back to rest on its device, unless the program removed it.
+    fn settle_page(
+        &self,
+        inner: &mut BlockInner,
+        claim: &Claim,
+        page: u32,
+        place: Option<PageRange>,
+    ) {
+        let index = claim.first + page;
+        let entry = inner.entry(index);
+        if entry.doomed() {
+            self.free_claimed(claim, page);
+            inner.set(
+                index,
+                if place.is_some() {
+                    PageState::Discarded
+                } else {
+                    PageState::System
+                },
+            );
+        } else {
+            inner.set(
+                index,
+                PageState::Device {
+                    device: claim.device,
+                    frame: claim.frames[page as usize],
+                },
+            );
+        }
+        if let (true, Some(place)) = (entry.parked(), place) {
+            self.space.wake(SpaceId::OWN, place);
+        }
+    }
+
+    /// The device could not give the pages: they stay there, or, when a CPU
+    /// thread needs them, they are lost and say so.
+    fn copy_home_failed(
+        &self,
+        claim: &Claim,
+        from: u32,
+        landing: Landing,
+        error: DeviceError,
+        demand: Option<VirtAddr>,
+        step: &mut Step,
+    ) {
+        let map = self.gate.read();
+        let block = map.block(claim.block);
+        let mut inner = block.lock();
+        let inner = &mut *inner;
+        for offset in 0..landing.pages() {
+            let index = claim.first + from + offset;
+            let place = block.place_of(index, 1);
+            if let Some(staging) = landing.staging_page(offset) {
+                self.staging.lock().put(staging, true);
+            }
+            match place {
+                Some(place)
+                    if demand == Some(place.start())
+                        && !inner.entry(index).doomed()
+                        && self.poison(place, error) =>
+                {
+                    self.free_claimed(claim, from + offset);
+                    inner.set(index, PageState::System);
+                }
+                place => {
+                    self.settle_page(inner, claim, from + offset, place);
+                    if let Some(place) = place {
+                        let reason = match error {
+                            DeviceError::Lost => StayReason::DeviceLost,
+                            _ => StayReason::CopyFailed,
+                        };
+                        step.stuck = Some(match step.stuck {
+                            Some((stuck, reason)) if stuck.end() == place.start() => {
+                                (PageRange::span(stuck.start(), place.end()), reason)
+                            }
+                            _ => (place, reason),
+                        });
+                    }
+                }
+            }
+        }
+    }
+
+    /// Marks a page whose data is lost. False when an event must be read first;
+    /// the thread that waits for it then faults again.
+    fn poison(&self, place: PageRange, error: DeviceError) -> bool {
+        match self.space.poison_pages(SpaceId::OWN, place).stop {
+            None | Some(Stop::Gone) => {
+                self.stats.lost_pages.fetch_add(1, Relaxed);
+                true
+            }
+            Some(Stop::Again) => false,
+            Some(stop) => panic!(
+                "the data of {place} is lost with its device ({error}), and this kernel cannot \
+                 mark the page ({stop:?}); zeros in its place would be wrong data"
+            ),
+        }
+    }
+}
+
+enum Claimed {
+    /// There is nothing to copy; the step says how far it looked.
+    Nothing,
+    Again,
+    Pages(Claim),
+}
+
+/// Submits transfers a bounded number at a time and waits for them all. After
+/// an error what was copied is undefined.
+pub(crate) fn run_transfers(
+    device: &dyn hmm_hal::Device,
+    transfers: impl Iterator<Item = Transfer>,
+) -> Result<(), DeviceError> {
+    let mut batch: [Option<Transfer>; TRANSFERS] = [None; TRANSFERS];
+    let mut len = 0;
+    let flush = |batch: &[Option<Transfer>]| {
+        let Some(&Some(filler)) = batch.first() else {
+            return Ok(());
+        };
+        let mut plain = [filler; TRANSFERS];
+        for (slot, transfer) in plain.iter_mut().zip(batch.iter().flatten()) {
+            *slot = *transfer;
+        }
+        let fence = device.submit(&plain[..batch.len()])?;
+        device.wait(fence)
+    };
+    for transfer in transfers {
+        if len == TRANSFERS {
+            flush(&batch[..len])?;
+            len = 0;
+        }
+        batch[len] = Some(transfer);
+        len += 1;
+    }
+    flush(&batch[..len])
+}

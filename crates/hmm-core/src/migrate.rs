@@ -1,0 +1,457 @@
+//! Requests: move a range, take pages for exclusive use, and say what became of
+//! every page.
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use hmm_hal::{Mapping, Presence, RegisterError};
+use hmm_mem::Vec;
+use hmm_types::{
+    Access, DeviceId, MemoryKind, PAGES_PER_BLOCK, PageCount, PageRange, PageResidency, StayReason,
+    VirtAddr,
+};
+
+use crate::engine::{BUSY_LIMIT, Engine};
+use crate::executor::Executor;
+use crate::page::PageState;
+use crate::report::{Destination, MigrationReport};
+use crate::upload::{Fate, Target};
+
+impl Engine<'_> {
+    /// Moves the pages of a range to a device or home, each if it can, and
+    /// reports on every one of them. To make room on a device, pages outside
+    /// of the range may be evicted; never pages of the range itself.
+    pub fn migrate(
+        &self,
+        executor: &mut Executor,
+        range: PageRange,
+        to: Destination,
+    ) -> MigrationReport {
+        let mut report = MigrationReport::new();
+        match to {
+            Destination::System => self.migrate_home(executor, range, &mut report),
+            Destination::Device(device) => {
+                self.migrate_to_device(executor, range, device, range, &mut report);
+            }
+        }
+        self.trim_staging();
+        debug_assert_eq!(report.total(), range.pages(), "a page was not reported, or twice");
+        report
+    }
+
+    fn migrate_home(
+        &self,
+        executor: &mut Executor,
+        range: PageRange,
+        report: &mut MigrationReport,
+    ) {
+        let mut from = range.start();
+        let mut rounds = 0;
+        while from < range.end() {
+            let step = self.step_home(executor, PageRange::span(from, range.end()), None, None);
+            if step.busy > 0 && rounds < BUSY_LIMIT {
+                rounds += 1;
+                report.moved += PageCount::new(step.moved);
+                self.wait_for_transition();
+                continue;
+            }
+            report.moved += PageCount::new(step.moved);
+            if let Some((range, reason)) = step.stuck {
+                report.stay(range, reason);
+            }
+            from = from.plus_pages(step.passed.max(1)).min(range.end());
+        }
+        let settled = report.moved.plus(report.stayed_pages).get();
+        report.already = PageCount::new(range.pages().get().saturating_sub(settled));
+    }
+
+    /// Moves what can be moved of `range`, evicting nothing inside of `keep`.
+    pub(crate) fn migrate_to_device(
+        &self,
+        executor: &mut Executor,
+        range: PageRange,
+        device: DeviceId,
+        keep: PageRange,
+        report: &mut MigrationReport,
+    ) {
+        if self.is_closing() {
+            report.stay(range, StayReason::Cancelled);
+            return;
+        }
+        if self.devices.get(device).is_none_or(|slot| slot.is_retired()) {
+            report.stay(range, StayReason::DeviceLost);
+            return;
+        }
+        let mut next = range.start();
+        let Some(mappings) = self.mappings_of(range) else {
+            report.stay(range, StayReason::Limit);
+            return;
+        };
+        for mapping in &mappings {
+            if next < mapping.range.start() {
+                report.stay(PageRange::span(next, mapping.range.start()), StayReason::NotMapped);
+            }
+            next = mapping.range.end();
+            match Self::immovable(mapping).or_else(|| self.watch_mapping(mapping)) {
+                Some(reason) => report.stay(mapping.range, reason),
+                None => self.migrate_mapping(executor, mapping, device, keep, report),
+            }
+        }
+        if next < range.end() {
+            report.stay(PageRange::span(next, range.end()), StayReason::NotMapped);
+        }
+    }
+
+    pub(crate) fn mappings_of(&self, range: PageRange) -> Option<Vec<Mapping>> {
+        let mut mappings = hmm_mem::vec();
+        self.space
+            .mappings(range, &mut |mapping| mappings.push(mapping))
+            .ok()?;
+        Some(mappings)
+    }
+
+    /// Why nothing of a mapping can leave it.
+    pub(crate) fn immovable(mapping: &Mapping) -> Option<StayReason> {
+        if mapping.engine_owned {
+            return Some(StayReason::EngineOwned);
+        }
+        match mapping.kind {
+            MemoryKind::PrivateAnonymous => {}
+            MemoryKind::File => return Some(StayReason::FileBacked),
+            MemoryKind::Shared => return Some(StayReason::Shared),
+            MemoryKind::HugeTlb => return Some(StayReason::HugeTlb),
+            _ => return Some(StayReason::Special),
+        }
+        (!mapping.permissions.read && !mapping.permissions.write).then_some(StayReason::NoAccess)
+    }
+
+    /// Registers a mapping, unless it is. With the gate held for writing no
+    /// event is lost between the kernel's registration and ours.
+    fn watch_mapping(&self, mapping: &Mapping) -> Option<StayReason> {
+        let range = mapping.range;
+        if self.registered_pages(range) == range.pages() {
+            return None;
+        }
+        {
+            let mut map = self.gate.write();
+            match self.space.register(range) {
+                Ok(()) => {}
+                Err(RegisterError::Foreign) => return Some(StayReason::ForeignUserfaultfd),
+                Err(RegisterError::Unsuitable) => return Some(StayReason::Raced),
+                Err(RegisterError::Limit) => return Some(StayReason::Limit),
+            }
+            if !map.insert(range) {
+                self.space.unregister(range);
+                return Some(StayReason::Limit);
+            }
+        }
+        // Looked at again now that a change would be reported: is it still the
+        // memory that was judged?
+        let same = self.mappings_of(range).is_some_and(|mappings| {
+            mappings
+                .iter()
+                .all(|now| Self::immovable(now).is_none() || now.kind == mapping.kind)
+        });
+        (!same).then_some(StayReason::Raced)
+    }
+
+    fn migrate_mapping(
+        &self,
+        executor: &mut Executor,
+        mapping: &Mapping,
+        device: DeviceId,
+        keep: PageRange,
+        report: &mut MigrationReport,
+    ) {
+        let target = Target {
+            device,
+            access: if mapping.permissions.write {
+                Access::Write
+            } else {
+                Access::Read
+            },
+        };
+        for span in mapping.range.blocks() {
+            self.migrate_span(executor, span, target, keep, report);
+        }
+    }
+
+    /// Whether the whole span is one transparent huge page.
+    fn is_huge(&self, span: PageRange) -> bool {
+        if span.pages().index() != PAGES_PER_BLOCK {
+            return false;
+        }
+        let mut huge = 0;
+        let seen = self.space.presence(span, &mut |part, presence| {
+            if presence == (Presence::Present { huge: true }) {
+                huge += part.pages().get();
+            }
+        });
+        seen.is_ok() && huge == span.pages().get()
+    }
+
+    /// Moves what can be moved of a span, which lies within 2 MiB.
+    fn migrate_span(
+        &self,
+        executor: &mut Executor,
+        span: PageRange,
+        target: Target,
+        keep: PageRange,
+        report: &mut MigrationReport,
+    ) {
+        let huge = self.is_huge(span);
+        let mut from = span.start();
+        let mut busy = 0;
+        let mut full = false;
+        let mut unshared = span.start();
+        while from < span.end() {
+            let rest = PageRange::span(from, span.end());
+            let mut passed = self.step_to_device(executor, rest, target, huge);
+            if let Fate::CopyInstead = passed.fate {
+                let page = rest.slice(0, 1);
+                passed = match self.space.explain_refusal(page) {
+                    Some(reason) => crate::upload::Passed::new(passed.pages, Fate::Stayed(reason)),
+                    None => self.step_by_copy(executor, rest, target),
+                };
+            }
+            if let Fate::Elsewhere(on) = passed.fate {
+                let there = rest.slice(0, passed.pages);
+                passed = self.step_between_devices(executor, there, on, target);
+                if passed.fate == Fate::Busy {
+                    // In staging, or gone home meanwhile.
+                    self.step_home(executor, there.slice(0, 1), None, None);
+                }
+            }
+            let part = rest.slice(0, passed.pages.min(rest.pages().get()));
+            let stays = match passed.fate {
+                Fate::Moved { zeroed, huge } => {
+                    report.moved += part.pages();
+                    report.zeroed += PageCount::new(zeroed);
+                    if huge {
+                        report.huge += part.pages();
+                    }
+                    busy = 0;
+                    None
+                }
+                Fate::Already => {
+                    report.already += part.pages();
+                    None
+                }
+                Fate::Busy | Fate::Elsewhere(_) | Fate::CopyInstead if busy < BUSY_LIMIT => {
+                    busy += 1;
+                    self.wait_for_transition();
+                    continue;
+                }
+                Fate::Busy | Fate::Elsewhere(_) | Fate::CopyInstead => Some(StayReason::Busy),
+                Fate::Refused if from >= unshared => {
+                    let shared = rest.slice(0, self.system_run(rest).max(1));
+                    unshared = shared.end();
+                    if self.space.unshare(shared).is_ok() {
+                        continue;
+                    }
+                    // Perhaps one page of many stands in the way.
+                    unshared = from.plus_pages(1);
+                    if self.space.unshare(rest.slice(0, 1)).is_ok() {
+                        continue;
+                    }
+                    Some(StayReason::SharedCow)
+                }
+                Fate::Refused => Some(StayReason::Pinned),
+                Fate::Stayed(StayReason::NoDeviceMemory) if !full => {
+                    if self.make_room(executor, target.device, keep) {
+                        continue;
+                    }
+                    full = true;
+                    continue;
+                }
+                Fate::Stayed(reason) => Some(reason),
+            };
+            if let Some(reason) = stays {
+                report.stay(part, reason);
+            }
+            from = part.end();
+        }
+    }
+
+    /// Pages from the start of a range that rest in system memory.
+    fn system_run(&self, range: PageRange) -> u64 {
+        let map = self.gate.read();
+        let Some(piece) = map.find(range.start()) else {
+            return 0;
+        };
+        let inner = map.block(piece.block).lock();
+        let most = u64::from(piece.pages).min(range.pages().get());
+        let run = (piece.first..)
+            .take(PageCount::new(most).index())
+            .take_while(|&index| inner.state(index) == PageState::System)
+            .count();
+        run as u64
+    }
+
+    /// Takes pages from the CPU for a device: they stay in system memory, but
+    /// only the device can reach them, so its atomics are atomic. A CPU touch
+    /// takes a page back. Pages that the device has in its own memory are
+    /// exclusive already.
+    pub fn exclusive(
+        &self,
+        executor: &mut Executor,
+        range: PageRange,
+        device: DeviceId,
+    ) -> MigrationReport {
+        let mut report = MigrationReport::new();
+        let usable = self
+            .devices
+            .get(device)
+            .is_some_and(|slot| !slot.is_retired() && slot.device.info().system_memory);
+        if self.is_closing() {
+            report.stay(range, StayReason::Cancelled);
+            return report;
+        }
+        if !usable {
+            report.stay(range, StayReason::DeviceLost);
+            return report;
+        }
+        let Some(mappings) = self.mappings_of(range) else {
+            report.stay(range, StayReason::Limit);
+            return report;
+        };
+        let mut next = range.start();
+        for mapping in &mappings {
+            if next < mapping.range.start() {
+                report.stay(PageRange::span(next, mapping.range.start()), StayReason::NotMapped);
+            }
+            next = mapping.range.end();
+            let reason = Self::immovable(mapping)
+                .or((!mapping.permissions.write).then_some(StayReason::NoAccess))
+                .or_else(|| self.watch_mapping(mapping));
+            if let Some(reason) = reason {
+                report.stay(mapping.range, reason);
+                continue;
+            }
+            for page in mapping.range.iter_pages() {
+                let page = PageRange::from_pages(page, PageCount::ONE);
+                self.exclude_page(executor, page, device, &mut report);
+            }
+        }
+        if next < range.end() {
+            report.stay(PageRange::span(next, range.end()), StayReason::NotMapped);
+        }
+        report
+    }
+
+    fn exclude_page(
+        &self,
+        executor: &mut Executor,
+        page: PageRange,
+        device: DeviceId,
+        report: &mut MigrationReport,
+    ) {
+        let mut refused = false;
+        for attempt in 0..=BUSY_LIMIT {
+            match self.stage_page(page, device) {
+                Fate::Moved { .. } => {
+                    self.stats.exclusive_pages.fetch_add(1, Relaxed);
+                    report.moved += PageCount::ONE;
+                    return;
+                }
+                Fate::Already => {
+                    report.already += PageCount::ONE;
+                    return;
+                }
+                Fate::Busy => {
+                    self.wait_for_events(executor, attempt);
+                }
+                Fate::Elsewhere(_) => {
+                    self.step_home(executor, page, None, None);
+                }
+                Fate::Refused | Fate::CopyInstead if !refused => {
+                    // Also makes a hole a page: there must be one to share out.
+                    refused = true;
+                    if self.space.unshare(page).is_err() {
+                        report.stay(page, StayReason::SharedCow);
+                        return;
+                    }
+                }
+                Fate::Refused => {
+                    report.stay(page, StayReason::Pinned);
+                    return;
+                }
+                Fate::CopyInstead => {
+                    let reason = self.space.explain_refusal(page);
+                    report.stay(page, reason.unwrap_or(StayReason::Limit));
+                    return;
+                }
+                Fate::Stayed(reason) => {
+                    report.stay(page, reason);
+                    return;
+                }
+            }
+        }
+        report.stay(page, StayReason::Busy);
+    }
+
+    /// What is where: one entry for each page of the range, in order.
+    #[must_use]
+    pub fn residency(&self, range: PageRange) -> Vec<PageResidency> {
+        let mut pages = hmm_mem::vec_with_capacity(range.pages().index());
+        pages.resize(range.pages().index(), PageResidency::System);
+        let map = self.gate.read();
+        for piece in map.overlapping(range) {
+            let inner = map.block(piece.block).lock();
+            if inner.away() == 0 && inner.in_flight() == 0 {
+                continue;
+            }
+            let skip = PageCount::new(piece.start.pages_since(range.start())).index();
+            for (index, page) in (piece.first..piece.first + piece.pages).zip(&mut pages[skip..]) {
+                *page = match inner.state(index) {
+                    PageState::System | PageState::Discarded => PageResidency::System,
+                    PageState::Device { device, .. } => PageResidency::Device(device),
+                    PageState::Staged { device, .. } => PageResidency::Exclusive(device),
+                    _ => PageResidency::InFlight,
+                };
+            }
+        }
+        pages
+    }
+
+    /// Gives staging memory beyond the limit back to the kernel.
+    pub fn trim_staging(&self) {
+        let limit = self.settings.staging_limit.whole_pages().get();
+        while self.staging.lock().populated_pages() > limit {
+            if !self.trim_slot(None) {
+                return;
+            }
+        }
+    }
+
+    /// Has fresh pages ready for pages that come home: with none ready they
+    /// come by copying, which is slower. Not for threads that read events.
+    pub fn provision_staging(&self, ready: PageCount) {
+        use crate::staging::SlotKind::Small;
+        for _ in 0..ready.index().div_ceil(PAGES_PER_BLOCK) {
+            let mut staging = self.staging.lock();
+            if staging.ready_pages(Small) >= ready.get() {
+                return;
+            }
+            let Some((run, slot)) = staging.take_for_provision(Small) else {
+                return;
+            };
+            drop(staging);
+            hmm_sync::assert_none_held();
+            let filled = self.space.provision(slot);
+            self.staging.lock().put_run(run, filled);
+            if !filled {
+                return;
+            }
+        }
+    }
+
+    /// Where an address lies for a device: the mapping of its page.
+    pub(crate) fn mapping_at(&self, address: VirtAddr) -> Option<Mapping> {
+        let page = PageRange::page_of(address).ok()?;
+        let mut found = None;
+        self.space
+            .mappings(page, &mut |mapping| found = Some(mapping))
+            .ok()?;
+        found
+    }
+}

@@ -1,0 +1,159 @@
+//! How much to bring along with a page that faults.
+//!
+//! A fault somewhere brings its *granule*: the aligned pages around it. Faults
+//! that follow each other form a *stream*: its window doubles with each of them
+//! up to a block, and the engine works one window ahead, so that a sequential
+//! reader finds its pages there. (The same idea as the kernel's file
+//! read-ahead, `mm/readahead.c`.)
+
+use hmm_sync::{Mutex, Rank};
+use hmm_types::{PAGES_PER_BLOCK, PAGE_SIZE, VirtAddr};
+
+/// Sequential readers that are followed at a time.
+const STREAMS: usize = 8;
+
+#[derive(Clone, Copy)]
+struct Stream {
+    /// Number of the first page that nobody has asked for yet.
+    next: u64,
+    window: u64,
+    used: u64,
+}
+
+/// What to bring home: page numbers, end not included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Plan {
+    /// With the fault.
+    pub(crate) now: (u64, u64),
+    /// After it, while the thread already runs on; empty without a stream.
+    pub(crate) ahead: (u64, u64),
+}
+
+impl Plan {
+    pub(crate) fn addresses((from, upto): (u64, u64)) -> (VirtAddr, VirtAddr) {
+        (VirtAddr::new(from * PAGE_SIZE), VirtAddr::new(upto * PAGE_SIZE))
+    }
+}
+
+/// The streams of one direction.
+pub(crate) struct Readahead {
+    granule: u64,
+    enabled: bool,
+    streams: Mutex<([Stream; STREAMS], u64)>,
+}
+
+impl Readahead {
+    /// `granule_pages` is a power of two, at most a block.
+    pub(crate) const fn new(granule_pages: u64, enabled: bool) -> Self {
+        assert!(granule_pages.is_power_of_two() && granule_pages <= PAGES_PER_BLOCK as u64);
+        Self {
+            granule: granule_pages,
+            enabled,
+            streams: Mutex::new(
+                Rank::Queue,
+                (
+                    [Stream {
+                        next: 0,
+                        window: 0,
+                        used: 0,
+                    }; STREAMS],
+                    0,
+                ),
+            ),
+        }
+    }
+
+    /// Plans for a fault at `address`.
+    pub(crate) fn plan(&self, address: VirtAddr) -> Plan {
+        let page = address.page_number();
+        let start = page / self.granule * self.granule;
+        let now = (start, start + self.granule);
+        if !self.enabled {
+            return Plan {
+                now,
+                ahead: (now.1, now.1),
+            };
+        }
+        let (streams, clock) = &mut *self.streams.lock();
+        *clock += 1;
+        let follows = |stream: &&mut Stream| {
+            // At the frontier, or inside the window that is still on its way.
+            stream.window > 0
+                && page <= stream.next + self.granule
+                && page + 2 * stream.window >= stream.next
+        };
+        if let Some(stream) = streams.iter_mut().find(follows) {
+            stream.window = (stream.window * 2).min(PAGES_PER_BLOCK as u64);
+            stream.used = *clock;
+            let now = if page < stream.next {
+                (page, page + 1)
+            } else {
+                let end = (page + stream.window) / self.granule * self.granule;
+                (start, end.max(start + self.granule))
+            };
+            let from = stream.next.max(now.1);
+            // Never further ahead than one window of the reader.
+            let upto = (page + 2 * stream.window).max(from);
+            stream.next = upto;
+            return Plan {
+                now,
+                ahead: (from, upto),
+            };
+        }
+        let oldest = streams.iter_mut().min_by_key(|stream| stream.used);
+        if let Some(stream) = oldest {
+            *stream = Stream {
+                next: now.1,
+                window: self.granule,
+                used: *clock,
+            };
+        }
+        Plan {
+            now,
+            ahead: (now.1, now.1),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(page: u64) -> VirtAddr {
+        VirtAddr::new(page * PAGE_SIZE)
+    }
+
+    #[test]
+    fn a_lone_fault_brings_its_granule() {
+        let readahead = Readahead::new(16, true);
+        let plan = readahead.plan(at(1000));
+        assert_eq!(plan.now, (992, 1008));
+        assert_eq!(plan.ahead.0, plan.ahead.1);
+    }
+
+    #[test]
+    fn a_sequential_reader_is_led_by_growing_windows() {
+        let readahead = Readahead::new(16, true);
+        let mut present = readahead.plan(at(0)).now.1;
+        let mut faults = 1;
+        while present < 100_000 {
+            let plan = readahead.plan(at(present));
+            assert_eq!(plan.now.0, present, "nothing is skipped");
+            assert!(plan.ahead.0 <= plan.now.1.max(present));
+            present = plan.now.1.max(plan.ahead.1);
+            faults += 1;
+        }
+        assert!(faults < 130, "{faults} faults for 100,000 pages");
+    }
+
+    #[test]
+    fn random_faults_never_plan_far() {
+        let readahead = Readahead::new(16, true);
+        let mut page = 1u64;
+        for _ in 0..1000 {
+            page = page.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1) >> 8;
+            let plan = readahead.plan(at(page % (1 << 30)));
+            assert!(plan.ahead.1 - plan.now.0 <= 2048);
+        }
+    }
+}
