@@ -6,7 +6,7 @@
 //! soon it depends on nobody. A device that wants to write to a shared frame
 //! gets a copy of its own first.
 
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{Relaxed, Release};
 
 use hmm_hal::{Event, EventBatch, SpaceId, Stop, Transfer};
 use hmm_mem::Vec;
@@ -104,6 +104,7 @@ impl Engine<'_> {
             }
         }
         self.children.lock().0.push(Child { space, owed });
+        self.owing.store(true, Release);
         while let Some((page, staged)) = self.owed_from_staging(space) {
             self.give_now(map, space, page, staged);
         }
@@ -310,6 +311,7 @@ impl Engine<'_> {
             let next = {
                 let mut children = self.children.lock();
                 let Some(child) = children.0.first() else {
+                    self.owing.store(false, Release);
                     return true;
                 };
                 match child.owed.last() {

@@ -87,6 +87,8 @@ pub struct Engine<'env> {
     pub(crate) device_readahead: Readahead,
     pub(crate) stats: Statistics,
     pub(crate) uses: AtomicU64,
+    /// There are children: read without their lock.
+    pub(crate) owing: AtomicBool,
     control: Mutex<()>,
     closing: AtomicBool,
     /// Counts ended transitions; who met a page in flight waits for the next.
@@ -126,6 +128,7 @@ impl<'env> Engine<'env> {
             device_readahead: Readahead::new(settings.device_granule.get(), settings.readahead),
             stats: Statistics::new(),
             uses: AtomicU64::new(1),
+            owing: AtomicBool::new(false),
             control: Mutex::new(Rank::Control, ()),
             closing: AtomicBool::new(false),
             progress: Mutex::new(Rank::Queue, 0),
@@ -266,6 +269,34 @@ impl<'env> Engine<'env> {
         map.overlapping(range)
             .map(|piece| piece.range().pages())
             .sum()
+    }
+
+    /// Whether the device was added and not removed.
+    #[must_use]
+    pub fn has_device(&self, device: DeviceId) -> bool {
+        self.devices.get(device).is_some_and(|slot| !slot.is_retired())
+    }
+
+    /// Pages that are not in system memory, or on their way.
+    #[must_use]
+    pub fn away_pages(&self) -> PageCount {
+        let map = self.gate.read();
+        map.pieces()
+            .iter()
+            .map(|piece| {
+                let inner = map.block(piece.block).lock();
+                let away = (piece.first..piece.first + piece.pages)
+                    .filter(|&index| inner.state(index).is_away() || inner.state(index).in_flight())
+                    .count();
+                PageCount::from(away)
+            })
+            .sum()
+    }
+
+    /// Whether forked children still need pages from the engine.
+    #[must_use]
+    pub fn owes_children(&self) -> bool {
+        self.owing.load(Ordering::Acquire)
     }
 
     /// Checks the map's own rules; for tests.

@@ -45,15 +45,13 @@ impl Engine<'_> {
                 space,
                 address,
                 kind,
-                access,
-                thread: _,
+                ..
             } = event
             {
                 executor.queue(QueuedFault {
                     space,
                     address,
                     kind,
-                    access,
                     read_at_ns: now,
                 });
             }

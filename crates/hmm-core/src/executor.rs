@@ -1,7 +1,7 @@
 //! What a thread brings along to do the engine's work.
 
 use hmm_hal::{EventBatch, FaultKind, SpaceId};
-use hmm_types::{Access, PageCount, PageRange, VirtAddr};
+use hmm_types::{PageCount, PageRange, VirtAddr};
 
 /// Pages of bounce memory that every executor owns.
 pub const BOUNCE_PAGES: u64 = 64;
@@ -12,7 +12,6 @@ pub(crate) struct QueuedFault {
     pub(crate) space: SpaceId,
     pub(crate) address: VirtAddr,
     pub(crate) kind: FaultKind,
-    pub(crate) access: Access,
     pub(crate) read_at_ns: u64,
 }
 

@@ -15,12 +15,14 @@
 //! written without.
 
 mod arena;
+mod pages;
 
 use std::ptr::NonNull;
 
 use allocator_api2::alloc::{AllocError, Allocator, Layout};
 
 pub use arena::{arena_range, in_use_bytes};
+pub use pages::Pages;
 
 /// Allocates from the engine's arena.
 #[derive(Clone, Copy, Debug, Default)]

@@ -1,0 +1,62 @@
+//! Whole pages of engine memory, by address only.
+
+use std::alloc::Layout;
+use std::ptr::NonNull;
+
+use hmm_types::{PAGE_SIZE, PageCount, PageRange, VirtAddr};
+
+use crate::arena;
+
+/// Pages of engine memory that devices copy into and out of. They are touched
+/// once when they are made; nobody ever holds a reference to them.
+#[derive(Debug)]
+pub struct Pages {
+    start: NonNull<u8>,
+    layout: Layout,
+}
+
+// SAFETY: the value is an address and a size; the memory behind it is only used
+// through raw pointers, by whoever owns the value.
+unsafe impl Send for Pages {}
+
+impl Pages {
+    /// Takes `count` zeroed pages, populated. `None` when the arena is full.
+    #[must_use]
+    pub fn new(count: PageCount) -> Option<Self> {
+        let bytes = count.index().checked_mul(PageCount::ONE.bytes().get() as usize)?;
+        let layout = Layout::from_size_align(bytes, PAGE_SIZE as usize).ok()?;
+        let start = arena::allocate(layout)?.cast::<u8>();
+        // SAFETY: the block is ours and at least `bytes` long.
+        unsafe { start.write_bytes(0, bytes) };
+        Some(Self { start, layout })
+    }
+
+    /// Where they lie.
+    #[must_use]
+    pub fn range(&self) -> PageRange {
+        PageRange::from_pages(
+            VirtAddr::of(self.start.as_ptr()),
+            PageCount::new(self.layout.size() as u64 / PAGE_SIZE),
+        )
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        // SAFETY: the block came from the arena with this layout, and its owner
+        // gives it up.
+        unsafe { arena::release(self.start, self.layout) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_are_aligned_and_in_the_arena() {
+        let pages = Pages::new(PageCount::new(64)).unwrap();
+        assert!(pages.range().start().is_page_aligned());
+        assert!(crate::arena_range().unwrap().encloses(pages.range()));
+    }
+}

@@ -1,0 +1,161 @@
+//! Address ranges that never migrate: the engine's own memory.
+//!
+//! A thread that serves faults must not fault on what it serves. So its stack,
+//! the engine's tables and staging, and the data of every loaded object (which
+//! holds the engine's, libc's and the loader's state) stay where they are.
+
+use std::ffi::{c_int, c_void};
+
+use hmm_sync::{Mutex, Rank};
+use hmm_types::{PageRange, VirtAddr};
+
+struct Lists {
+    /// Added and taken away one by one.
+    ranges: hmm_mem::Vec<PageRange>,
+    /// Writable data of loaded objects, as of the last look.
+    modules: hmm_mem::Vec<PageRange>,
+}
+
+static EXCLUDED: Mutex<Lists> = Mutex::new(
+    Rank::System,
+    Lists {
+        ranges: hmm_mem::vec(),
+        modules: hmm_mem::vec(),
+    },
+);
+
+/// Keeps a range where it is: memory that a device or an engine thread needs
+/// in order to work. Excluding one twice takes two [`include()`]s to undo.
+pub fn exclude(range: PageRange) {
+    EXCLUDED.lock().ranges.push(range);
+}
+
+/// The opposite of [`exclude`], with the very same range; ignores one that is
+/// not excluded.
+pub fn include(range: PageRange) {
+    let mut lists = EXCLUDED.lock();
+    if let Some(index) = lists.ranges.iter().position(|&known| known == range) {
+        lists.ranges.swap_remove(index);
+    }
+}
+
+/// Looks again which objects are loaded; call it after dlopen(3), on a thread
+/// that serves no faults: it takes the loader's lock.
+pub fn refresh_modules() {
+    let mut modules: hmm_mem::Vec<PageRange> = hmm_mem::vec();
+    // SAFETY: the callback gets the pointer to `modules`, which lives on, and
+    // is called on this thread before the call returns.
+    unsafe {
+        libc::dl_iterate_phdr(Some(note_module), (&raw mut modules).cast());
+    }
+    // The old list is freed after the lock is.
+    std::mem::swap(&mut EXCLUDED.lock().modules, &mut modules);
+}
+
+unsafe extern "C" fn note_module(
+    info: *mut libc::dl_phdr_info,
+    _size: libc::size_t,
+    modules: *mut c_void,
+) -> c_int {
+    // SAFETY: the loader passes a valid structure, and `modules` is what
+    // `refresh_modules` has passed.
+    let (info, modules) = unsafe { (&*info, &mut *modules.cast::<hmm_mem::Vec<PageRange>>()) };
+    if info.dlpi_phdr.is_null() {
+        return 0;
+    }
+    // SAFETY: the loader's table of that many entries.
+    let segments = unsafe { std::slice::from_raw_parts(info.dlpi_phdr, info.dlpi_phnum.into()) };
+    for segment in segments {
+        if segment.p_type == libc::PT_LOAD && segment.p_flags & libc::PF_W != 0 {
+            let start = VirtAddr::new(info.dlpi_addr.wrapping_add(segment.p_vaddr));
+            if let Ok(range) = PageRange::covering(start, segment.p_memsz) {
+                modules.push(range);
+            }
+        }
+    }
+    0
+}
+
+/// The first part of the range that is excluded as a whole, or not at all.
+pub(crate) fn first_part(range: PageRange) -> (PageRange, bool) {
+    let lists = EXCLUDED.lock();
+    let arena = hmm_mem::arena_range();
+    let all = || {
+        lists
+            .ranges
+            .iter()
+            .chain(lists.modules.iter())
+            .chain(arena.iter())
+            .copied()
+    };
+    let covering = |address| {
+        all()
+            .filter(move |known| known.contains(address))
+            .map(PageRange::end)
+            .max()
+    };
+    let (end, excluded) = match covering(range.start()) {
+        Some(mut end) => {
+            while let Some(further) = covering(end) {
+                end = further;
+            }
+            (end, true)
+        }
+        None => {
+            let next = all()
+                .map(PageRange::start)
+                .filter(|&start| start > range.start())
+                .min();
+            (next.unwrap_or(range.end()), false)
+        }
+    };
+    (
+        PageRange::span(range.start(), end.min(range.end())),
+        excluded,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hmm_types::PageCount;
+
+    #[test]
+    fn parts_alternate() {
+        let page = |n: u64, pages| {
+            PageRange::from_pages(VirtAddr::new(0x100_0000 + n * 4096), PageCount::new(pages))
+        };
+        for range in [page(2, 3), page(4, 2), page(6, 1), page(9, 1)] {
+            exclude(range);
+        }
+        let mut rest = Some(page(0, 12));
+        let mut parts = Vec::new();
+        while let Some(range) = rest {
+            let (part, excluded) = first_part(range);
+            parts.push((part, excluded));
+            rest = (part.end() < range.end()).then(|| PageRange::span(part.end(), range.end()));
+        }
+        assert_eq!(
+            parts,
+            [
+                (page(0, 2), false),
+                (page(2, 5), true),
+                (page(7, 2), false),
+                (page(9, 1), true),
+                (page(10, 2), false)
+            ]
+        );
+        for range in [page(2, 3), page(4, 2), page(6, 1), page(9, 1)] {
+            include(range);
+        }
+        assert_eq!(first_part(page(0, 12)), (page(0, 12), false));
+    }
+
+    #[test]
+    fn statics_are_excluded() {
+        static mut DATA: [u64; 1000] = [1; 1000];
+        refresh_modules();
+        let page = PageRange::page_of(VirtAddr::of(&raw const DATA)).unwrap();
+        assert_eq!(first_part(page), (page, true));
+    }
+}

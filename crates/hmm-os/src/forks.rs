@@ -1,0 +1,68 @@
+//! Forks that the kernel does not report.
+//!
+//! Fork events need CAP_SYS_PTRACE. Without them a child would read zeros where
+//! pages are away, so an engine must bring everything home first. glibc calls
+//! hooks around fork(3); a raw clone(2) system call goes past them (see
+//! `docs/limits.md`).
+
+use std::sync::Once;
+
+use hmm_sync::{Mutex, Rank};
+
+/// What an engine does around a fork. Called on the thread that forks.
+pub trait ForkHooks: Sync {
+    /// Nothing may be away when this returns.
+    fn before_fork(&self);
+    /// Pages may leave again.
+    fn after_fork_in_parent(&self);
+}
+
+/// Engines of one process that can be guarded at a time.
+const MAX_GUARDED: usize = 16;
+
+static GUARDED: Mutex<[Option<&'static dyn ForkHooks>; MAX_GUARDED]> =
+    Mutex::new(Rank::System, [None; MAX_GUARDED]);
+static INSTALLED: Once = Once::new();
+
+/// Has an engine's hooks called around every fork from now on. False when too
+/// many engines are guarded.
+pub fn guard_forks(hooks: &'static dyn ForkHooks) -> bool {
+    INSTALLED.call_once(|| {
+        // SAFETY: the hooks are plain functions that live as long as the
+        // process; what they may do around a fork they do (they take no lock
+        // that the forking thread could hold, and allocate nothing).
+        unsafe { libc::pthread_atfork(Some(before), Some(after), None) };
+    });
+    let mut guarded = GUARDED.lock();
+    match guarded.iter_mut().find(|slot| slot.is_none()) {
+        Some(slot) => {
+            *slot = Some(hooks);
+            true
+        }
+        None => false,
+    }
+}
+
+/// The opposite of [`guard_forks`].
+pub fn unguard_forks(hooks: &'static dyn ForkHooks) {
+    let address = std::ptr::from_ref(hooks).cast::<()>();
+    for slot in GUARDED.lock().iter_mut() {
+        if slot.is_some_and(|other| std::ptr::from_ref(other).cast::<()>() == address) {
+            *slot = None;
+        }
+    }
+}
+
+extern "C" fn before() {
+    let guarded = *GUARDED.lock();
+    for hooks in guarded.into_iter().flatten() {
+        hooks.before_fork();
+    }
+}
+
+extern "C" fn after() {
+    let guarded = *GUARDED.lock();
+    for hooks in guarded.into_iter().flatten() {
+        hooks.after_fork_in_parent();
+    }
+}

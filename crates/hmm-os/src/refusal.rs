@@ -1,0 +1,106 @@
+//! Why the kernel will not move a page.
+//!
+//! The map tells most of it. That a page is locked stands only in the
+//! mapping's flags, which /proc/self/smaps prints after having counted every
+//! page of every mapping before it: that file is read only when the process
+//! has locked anything at all.
+
+use std::os::fd::AsFd;
+
+use hmm_types::{MemoryKind, PageRange, Permissions, StayReason};
+use rustix::fs::{Mode, OFlags, open};
+use rustix::io::Result;
+
+use crate::map::{Map, parse_line};
+use crate::text::{Lines, decimal};
+
+/// The reason why the page stays; `None` when it can be copied instead.
+pub(crate) fn explain(map: &Map, page: PageRange) -> Option<StayReason> {
+    let mut found = None;
+    let _ = map.visit(page, &mut |vma| {
+        found.get_or_insert(vma);
+    });
+    let Some(vma) = found else {
+        return Some(StayReason::NotMapped);
+    };
+    match vma.kind {
+        MemoryKind::PrivateAnonymous => {}
+        MemoryKind::File => return Some(StayReason::FileBacked),
+        MemoryKind::Shared => return Some(StayReason::Shared),
+        MemoryKind::HugeTlb => return Some(StayReason::HugeTlb),
+        _ => return Some(StayReason::Special),
+    }
+    if !has_access(vma.permissions) {
+        return Some(StayReason::NoAccess);
+    }
+    // What cannot be found out does not stand in the way of a copy.
+    if anything_locked().unwrap_or(true) {
+        return flags_of(page).unwrap_or(None);
+    }
+    None
+}
+
+const fn has_access(permissions: Permissions) -> bool {
+    permissions.read || permissions.write || permissions.execute
+}
+
+/// Whether the process has locked any memory.
+fn anything_locked() -> Result<bool> {
+    let flags = OFlags::CLOEXEC | OFlags::RDONLY;
+    let status = open(c"/proc/self/status", flags, Mode::empty())?;
+    let mut lines = Lines::new(status.as_fd());
+    while let Some(line) = lines.next()? {
+        if let Some(rest) = line.strip_prefix(b"VmLck:") {
+            let locked_kib = decimal(rest.trim_ascii_start()).map(|(value, _)| value);
+            return Ok(locked_kib != Some(0));
+        }
+    }
+    Ok(true)
+}
+
+/// What the flags of the page's mapping say.
+fn flags_of(page: PageRange) -> Result<Option<StayReason>> {
+    let flags = OFlags::CLOEXEC | OFlags::RDONLY;
+    let smaps = open(c"/proc/self/smaps", flags, Mode::empty())?;
+    let mut lines = Lines::new(smaps.as_fd());
+    let mut inside = false;
+    while let Some(line) = lines.next()? {
+        if let Some(vma) = parse_line(line) {
+            inside = vma.range.overlaps(page);
+        } else if inside && let Some(flags) = line.strip_prefix(b"VmFlags:") {
+            return Ok(reason_in(flags));
+        }
+    }
+    Ok(None)
+}
+
+fn reason_in(flags: &[u8]) -> Option<StayReason> {
+    let has = |name: &[u8]| flags.split(|&byte| byte == b' ').any(|flag| flag == name);
+    if has(b"ht") {
+        Some(StayReason::HugeTlb)
+    } else if has(b"io") || has(b"pf") || has(b"mm") {
+        Some(StayReason::Special)
+    } else if has(b"sh") {
+        Some(StayReason::Shared)
+    } else if has(b"lo") {
+        Some(StayReason::Locked)
+    } else {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_are_words() {
+        assert_eq!(
+            reason_in(b" rd wr mr mw me lo ac "),
+            Some(StayReason::Locked)
+        );
+        assert_eq!(reason_in(b" rd wr sh mr ht "), Some(StayReason::HugeTlb));
+        assert_eq!(reason_in(b" rd wr pf io "), Some(StayReason::Special));
+        assert_eq!(reason_in(b" rd wr mr mw me ac"), None);
+    }
+}

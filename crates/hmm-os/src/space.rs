@@ -1,0 +1,534 @@
+//! The process's address space on the real kernel.
+
+use std::fmt;
+use std::mem::{ManuallyDrop, MaybeUninit};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use hmm_hal::{
+    AddressSpace, Capabilities, Event, EventBatch, Mapping, Presence, Progress, RegisterError,
+    SpaceError, SpaceId, StagingLayout, Stop,
+};
+use hmm_sync::assert_none_held;
+use hmm_types::{MemoryKind, PageCount, PageRange, StayReason, VirtAddr};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::mm::{Advice, madvise};
+
+use crate::abi::uffd_msg;
+use crate::child::Children;
+use crate::config::{Counters, Disable, OpenConfig, OpenError, Wakeup};
+use crate::excluded::{exclude, first_part, include, refresh_modules};
+use crate::map::Map;
+use crate::message::{Message, translate};
+use crate::pagemap::Pagemap;
+use crate::peek;
+use crate::refusal;
+use crate::region::BytesUsize;
+use crate::staging::Staging;
+use crate::thread::table;
+use crate::uffd::{
+    FEATURE_FORK, FEATURE_MOVE, FEATURE_WP, FEATURES_NEEDED, FEATURES_WANTED, Reach, Uffd,
+};
+
+/// The descriptors and the memory of an open space.
+#[derive(Debug)]
+struct Parts {
+    uffd: Uffd,
+    children: Children,
+    map: Map,
+    pagemap: Pagemap,
+    staging: Staging,
+}
+
+/// The address space of this process.
+///
+/// Its descriptors are numbers of one table: open it, use it and drop it on
+/// threads that share that table ([`crate::EngineThreads`]). Methods panic on
+/// others; dropped elsewhere, it leaves its descriptors to the kernel, which
+/// closes them with the last thread of the table.
+pub struct LinuxSpace {
+    parts: ManuallyDrop<Parts>,
+    capabilities: Capabilities,
+    table: u32,
+    pid: u32,
+    interrupted: AtomicBool,
+    closed: AtomicBool,
+    messages: AtomicU64,
+    forks_deferred: AtomicU64,
+}
+
+impl fmt::Debug for LinuxSpace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LinuxSpace")
+            .field("capabilities", &self.capabilities)
+            .field("staging", &self.parts.staging.layout())
+            .finish_non_exhaustive()
+    }
+}
+
+impl LinuxSpace {
+    /// Opens a userfaultfd context with as much as kernel and privileges allow,
+    /// reserves and registers staging memory, and excludes what must not
+    /// migrate.
+    ///
+    /// # Errors
+    /// [`OpenError`], which says what to do.
+    pub fn open(config: OpenConfig) -> Result<Self, OpenError> {
+        let disable = config.disable;
+        let (uffd, reach) = open_uffd(disable)?;
+        let map = Map::open(!disable.procmap_query)
+            .map_err(|error| proc_error("/proc/self/maps", error))?;
+        let pagemap = Pagemap::open(!disable.pagemap_scan)
+            .map_err(|error| proc_error("/proc/self/pagemap", error))?;
+        let children = Children::new().map_err(|error| OpenError::Descriptor {
+            errno: error.raw_os_error(),
+        })?;
+        let staging = Staging::reserve(config.staging).map_err(|error| OpenError::Staging {
+            errno: error.raw_os_error(),
+        })?;
+        for arena in staging.ranges() {
+            if let Err(error) = uffd.register(arena, false) {
+                for arena in staging.ranges() {
+                    let _ = uffd.unregister(arena);
+                }
+                return Err(OpenError::Register(error));
+            }
+        }
+        staging.ranges().for_each(exclude);
+        refresh_modules();
+        let has = |feature| uffd.features() & feature != 0;
+        Ok(Self {
+            capabilities: Capabilities {
+                move_pages: has(FEATURE_MOVE),
+                fork_events: has(FEATURE_FORK),
+                kernel_faults: reach == Reach::Full,
+                write_protect: has(FEATURE_WP),
+            },
+            parts: ManuallyDrop::new(Parts {
+                uffd,
+                children,
+                map,
+                pagemap,
+                staging,
+            }),
+            table: table(),
+            pid: std::process::id(),
+            interrupted: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
+            messages: AtomicU64::new(0),
+            forks_deferred: AtomicU64::new(0),
+        })
+    }
+
+    /// Waits until something can be read, for `timeout_ms` at most. Takes no
+    /// lock: any number of threads may wait, and all of them wake.
+    pub fn wait(&self, timeout_ms: u32) -> Wakeup {
+        let parts = self.parts();
+        let children = parts.children.poll_descriptor();
+        let mut set = [
+            PollFd::new(&parts.uffd, PollFlags::IN),
+            PollFd::new(children, PollFlags::IN),
+        ];
+        let timeout = Timespec {
+            tv_sec: (timeout_ms / 1000).into(),
+            tv_nsec: (i64::from(timeout_ms) % 1000) * 1_000_000,
+        };
+        match poll(&mut set, Some(&timeout)) {
+            Ok(0) | Err(_) => {
+                if parts.children.any_gone() {
+                    Wakeup::Events
+                } else {
+                    Wakeup::TimedOut
+                }
+            }
+            Ok(_) if set[0].revents().is_empty() && self.interrupted.load(Ordering::Acquire) => {
+                Wakeup::Interrupted
+            }
+            Ok(_) => Wakeup::Events,
+        }
+    }
+
+    /// Ends every present and future [`LinuxSpace::wait`], until
+    /// [`LinuxSpace::resume`].
+    pub fn interrupt(&self) {
+        self.interrupted.store(true, Ordering::Release);
+        let descriptor = self.parts().children.interrupt_descriptor();
+        let _ = rustix::io::write(descriptor, &1u64.to_ne_bytes());
+    }
+
+    /// Lets [`LinuxSpace::wait`] wait again.
+    pub fn resume(&self) {
+        let descriptor = self.parts().children.interrupt_descriptor();
+        let _ = rustix::io::read(descriptor, &mut [0u8; 8]);
+        self.interrupted.store(false, Ordering::Release);
+    }
+
+    /// Whether this is the process that opened the space; false in its forked
+    /// children, where there is nothing to be done with it.
+    pub fn is_own_process(&self) -> bool {
+        self.pid == std::process::id()
+    }
+
+    /// What was counted so far.
+    pub fn counters(&self) -> Counters {
+        Counters {
+            messages: self.messages.load(Ordering::Relaxed),
+            forks_deferred: self.forks_deferred.load(Ordering::Relaxed),
+            thp_provision_failed: self.parts.staging.thp_provision_failed(),
+            children: self.parts.children.count() as u64,
+        }
+    }
+
+    /// Whether PAGEMAP_SCAN and PROCMAP_QUERY are used, in this order.
+    pub fn fast_queries(&self) -> (bool, bool) {
+        (self.parts.pagemap.has_scan(), self.parts.map.has_query())
+    }
+
+    /// Ends the service: staging memory is given back, and every later call
+    /// panics. For a space that lives as long as the process; its descriptors
+    /// go with the last thread of their table.
+    ///
+    /// No other thread may be in a call, and nothing may be away.
+    pub fn close(&self) {
+        let _ = self.parts();
+        if !self.closed.swap(true, Ordering::AcqRel) {
+            self.retire_staging();
+        }
+    }
+
+    fn retire_staging(&self) {
+        // Unregistered first: dropping pages of a registered range waits for a
+        // reader.
+        for arena in self.parts.staging.ranges() {
+            let _ = self.parts.uffd.unregister(arena);
+            include(arena);
+        }
+        self.parts.staging.give_back();
+    }
+
+    /// The parts, on a thread where their descriptors mean anything.
+    fn parts(&self) -> &Parts {
+        assert!(
+            table() == self.table,
+            "the address space was opened with another descriptor table; \
+             use it on threads of the EngineThreads that opened it"
+        );
+        assert!(
+            !self.closed.load(Ordering::Acquire),
+            "the address space was closed"
+        );
+        &self.parts
+    }
+
+    /// Calls the context of a space; a space that was released is gone.
+    fn on(&self, space: SpaceId, call: impl FnOnce(&Uffd) -> Progress) -> Progress {
+        let parts = self.parts();
+        if space == SpaceId::OWN {
+            return call(&parts.uffd);
+        }
+        parts
+            .children
+            .with(space, call)
+            .unwrap_or(stopped(Stop::Gone))
+    }
+
+    /// Reads messages of one space into the batch.
+    fn read_space(&self, space: SpaceId, batch: &mut EventBatch) {
+        let parts = self.parts();
+        let mut buffer = [MaybeUninit::<uffd_msg>::uninit(); EventBatch::CAPACITY];
+        let room = batch.room();
+        if room == 0 {
+            return;
+        }
+        let messages = if space == SpaceId::OWN {
+            match parts.uffd.read(&mut buffer[..room]) {
+                Ok(messages) => messages,
+                Err(error) => {
+                    self.note_read_error(error);
+                    return;
+                }
+            }
+        } else {
+            parts
+                .children
+                .read(space, &mut buffer[..room])
+                .unwrap_or(&[])
+        };
+        self.messages
+            .fetch_add(messages.len() as u64, Ordering::Relaxed);
+        for message in messages {
+            match translate(space, message) {
+                Some(Message::Event(event)) => batch.push(event),
+                Some(Message::Fork(number)) => {
+                    // SAFETY: the kernel has just put this descriptor into the
+                    // reader's table, for the reader to own.
+                    let fd = unsafe { OwnedFd::from_raw_fd(number) };
+                    let child = parts.children.add(fd, parts.uffd.features());
+                    batch.push(Event::Fork {
+                        parent: space,
+                        child,
+                    });
+                }
+                None => {}
+            }
+        }
+    }
+
+    fn note_read_error(&self, error: Errno) {
+        // The fork waits, and is read again, when a descriptor is free.
+        if matches!(error, Errno::MFILE | Errno::NFILE) {
+            self.forks_deferred.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for LinuxSpace {
+    fn drop(&mut self) {
+        if table() != self.table || !self.is_own_process() || self.closed.load(Ordering::Acquire) {
+            return;
+        }
+        self.retire_staging();
+        // SAFETY: nothing uses the parts after this.
+        unsafe { ManuallyDrop::drop(&mut self.parts) };
+    }
+}
+
+impl AddressSpace for LinuxSpace {
+    fn capabilities(&self) -> Capabilities {
+        self.capabilities
+    }
+
+    fn staging(&self) -> StagingLayout {
+        self.parts.staging.layout()
+    }
+
+    fn mappings(&self, range: PageRange, visit: &mut dyn FnMut(Mapping)) -> Result<(), SpaceError> {
+        let result = self.parts().map.visit(range, &mut |vma| {
+            let mut rest = vma.range.intersection(range);
+            while let Some(asked) = rest {
+                let (part, excluded) = first_part(asked);
+                visit(Mapping {
+                    range: part,
+                    kind: vma.kind,
+                    permissions: vma.permissions,
+                    engine_owned: excluded,
+                });
+                rest = (part.end() < asked.end()).then(|| PageRange::span(part.end(), asked.end()));
+            }
+        });
+        result.map_err(|error| failed("reading the process's map", error))
+    }
+
+    fn presence(
+        &self,
+        range: PageRange,
+        visit: &mut dyn FnMut(PageRange, Presence),
+    ) -> Result<(), SpaceError> {
+        let result = self.parts().pagemap.visit(range, visit);
+        result.map_err(|error| failed("reading the page map", error))
+    }
+
+    fn explain_refusal(&self, page: PageRange) -> Option<StayReason> {
+        refusal::explain(&self.parts().map, page)
+    }
+
+    fn register(&self, range: PageRange) -> Result<(), RegisterError> {
+        let parts = self.parts();
+        let mut suitable = false;
+        // The kernel would take shared memory as well, and skip what is not
+        // mapped; nothing is registered that could not be served.
+        let mut next = range.start();
+        let result = parts.map.visit(range, &mut |vma| {
+            let gapless = vma.range.start() <= next;
+            let movable = matches!(vma.kind, MemoryKind::PrivateAnonymous | MemoryKind::HugeTlb);
+            suitable = gapless && movable && (suitable || next == range.start());
+            next = if suitable {
+                vma.range.end()
+            } else {
+                range.end()
+            };
+        });
+        if result.is_err() || !suitable || next < range.end() {
+            return Err(RegisterError::Unsuitable);
+        }
+        parts.uffd.register(range, self.capabilities.write_protect)
+    }
+
+    fn unregister(&self, range: PageRange) {
+        // Refused only where nothing is mapped any more, or was registered.
+        let _ = self.parts().uffd.unregister(range);
+    }
+
+    fn move_pages(&self, from: PageRange, to: VirtAddr) -> Progress {
+        let parts = self.parts();
+        if !self.capabilities.move_pages {
+            return stopped(Stop::Incompatible);
+        }
+        let outwards = parts
+            .staging
+            .contains(PageRange::from_pages(to, from.pages()));
+        debug_assert!(
+            outwards || parts.staging.contains(from),
+            "neither {from} nor {to} is staging memory"
+        );
+        // Nobody waits for a page of staging memory.
+        parts.uffd.move_pages(from, to, !outwards)
+    }
+
+    fn copy_pages(&self, space: SpaceId, from: VirtAddr, to: PageRange) -> Progress {
+        self.on(space, |uffd| uffd.copy(from, to))
+    }
+
+    fn zero_pages(&self, space: SpaceId, range: PageRange) -> Progress {
+        self.on(space, |uffd| uffd.zero(range))
+    }
+
+    fn poison_pages(&self, space: SpaceId, range: PageRange) -> Progress {
+        self.on(space, |uffd| uffd.poison(range))
+    }
+
+    fn wake(&self, space: SpaceId, range: PageRange) {
+        let parts = self.parts();
+        if space == SpaceId::OWN {
+            parts.uffd.wake(range);
+        } else {
+            let _ = parts.children.with(space, |uffd| uffd.wake(range));
+        }
+    }
+
+    fn write_protect(&self, range: PageRange, on: bool) -> Progress {
+        if !self.capabilities.write_protect {
+            return stopped(Stop::Incompatible);
+        }
+        self.parts().uffd.write_protect(range, on)
+    }
+
+    fn read_pages(&self, from: PageRange, to: VirtAddr) -> Progress {
+        assert_none_held();
+        peek::read(self.pid, from, to)
+    }
+
+    fn discard(&self, range: PageRange) -> Result<(), SpaceError> {
+        assert_none_held();
+        advise(
+            range,
+            Advice::LinuxDontNeed,
+            "dropping pages with madvise(MADV_DONTNEED)",
+        )
+    }
+
+    fn unshare(&self, range: PageRange) -> Result<(), SpaceError> {
+        assert_none_held();
+        advise(
+            range,
+            Advice::LinuxPopulateWrite,
+            "un-sharing pages with madvise(MADV_POPULATE_WRITE)",
+        )
+    }
+
+    fn provision(&self, slot: PageRange) -> bool {
+        let parts = self.parts();
+        parts.staging.provision(slot, &parts.uffd, &parts.pagemap)
+    }
+
+    fn read_events(&self, batch: &mut EventBatch) {
+        self.read_space(SpaceId::OWN, batch);
+        let children = &self.parts().children;
+        if children.count() > 0 && batch.room() > 0 {
+            children.ready(|space| self.read_space(space, batch));
+            if batch.room() > 0
+                && let Some(space) = children.take_gone()
+            {
+                batch.push(Event::Exit { space });
+            }
+        }
+    }
+
+    fn release(&self, space: SpaceId) {
+        self.parts().children.release(space);
+    }
+
+    fn relax(&self) {
+        // Yielding lets the reader in when it shares the CPU; sleeping, when
+        // something else is to run first.
+        const YIELDS: u32 = 4;
+        const SLEEP_NS: i64 = 20_000;
+        thread_local! {
+            static CALLS: std::cell::Cell<u32> = const { std::cell::Cell::new(0) };
+        }
+        CALLS.set(CALLS.get().wrapping_add(1));
+        if CALLS.get().is_multiple_of(YIELDS) {
+            let _ = rustix::thread::nanosleep(&Timespec {
+                tv_sec: 0,
+                tv_nsec: SLEEP_NS,
+            });
+        } else {
+            rustix::thread::sched_yield();
+        }
+    }
+}
+
+fn open_uffd(disable: Disable) -> Result<(Uffd, Reach), OpenError> {
+    let mut wanted = FEATURES_WANTED;
+    for (off, feature) in [
+        (disable.move_pages, FEATURE_MOVE),
+        (disable.fork_events, FEATURE_FORK),
+        (disable.write_protect, FEATURE_WP),
+    ] {
+        if off {
+            wanted &= !feature;
+        }
+    }
+    let full = if disable.privileged {
+        Err(Errno::PERM)
+    } else {
+        Uffd::open(Reach::Full, wanted).map(|uffd| (uffd, Reach::Full))
+    };
+    let (uffd, reach) = full
+        .or_else(|_| Uffd::open(Reach::UserMode, wanted).map(|uffd| (uffd, Reach::UserMode)))
+        .map_err(|error| OpenError::Userfaultfd {
+            errno: error.raw_os_error(),
+        })?;
+    if uffd.features() & FEATURES_NEEDED == FEATURES_NEEDED {
+        Ok((uffd, reach))
+    } else {
+        Err(OpenError::Features)
+    }
+}
+
+fn advise(range: PageRange, advice: Advice, operation: &'static str) -> Result<(), SpaceError> {
+    let start = std::ptr::with_exposed_provenance_mut(range.start().addr());
+    // SAFETY: core tracks the range and has decided that its pages are dropped,
+    // or made its own; neither reads or writes the program's data.
+    unsafe { madvise(start, range.pages().bytes_usize(), advice) }
+        .map_err(|error| failed(operation, error))
+}
+
+fn failed(operation: &'static str, error: Errno) -> SpaceError {
+    SpaceError {
+        operation,
+        errno: error.raw_os_error(),
+    }
+}
+
+fn proc_error(file: &'static str, error: Errno) -> OpenError {
+    OpenError::Proc {
+        file,
+        errno: error.raw_os_error(),
+    }
+}
+
+const fn stopped(stop: Stop) -> Progress {
+    Progress {
+        done: PageCount::ZERO,
+        stop: Some(stop),
+    }
+}
+
+impl AsFd for LinuxSpace {
+    /// The process's own context, for tests and measurements.
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.parts().uffd.as_fd()
+    }
+}

@@ -1,0 +1,262 @@
+//! One thread of the engine.
+//!
+//! Made with pthread_create(3) and engine memory rather than with
+//! `std::thread`: that keeps the closure and its captures on the process heap,
+//! whose pages the thread might have to bring home itself.
+
+use std::cell::Cell;
+use std::ffi::c_void;
+use std::fmt::Write;
+use std::io;
+use std::mem::MaybeUninit;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr;
+use std::sync::Once;
+
+use hmm_mem::EngineAlloc;
+use hmm_types::{PageRange, VirtAddr};
+
+use crate::excluded::{exclude, include};
+use crate::fatal::{Line, fail};
+
+/// Stack of an engine thread. What the fault path keeps on it stays below
+/// 64 KiB; the rest is for a device's own code.
+const STACK_BYTES: usize = 1 << 20;
+
+thread_local! {
+    /// Which descriptor table this thread shares: 0 is the program's.
+    static TABLE: Cell<u32> = const { Cell::new(0) };
+}
+
+/// Whether the calling thread is one of the engine's.
+#[must_use]
+pub fn is_engine_thread() -> bool {
+    table() != 0
+}
+
+/// Processors that this process may use, at most 64 of them.
+#[must_use]
+pub fn allowed_cpus() -> Vec<usize> {
+    let allowed = rustix::thread::sched_getaffinity(None);
+    (0..rustix::thread::CpuSet::MAX_CPU)
+        .filter(|&cpu| allowed.is_ok_and(|set| set.is_set(cpu)))
+        .take(64)
+        .collect()
+}
+
+/// Number of the descriptor table that the calling thread shares.
+pub(crate) fn table() -> u32 {
+    TABLE.get()
+}
+
+/// A name as the kernel keeps it: 15 bytes and a zero.
+#[derive(Clone, Copy, Debug)]
+struct Name([u8; 16]);
+
+impl Name {
+    fn new(name: &str) -> Self {
+        let mut bytes = [0; 16];
+        let len = name.len().min(15);
+        bytes[..len].copy_from_slice(&name.as_bytes()[..len]);
+        Self(bytes)
+    }
+
+    fn as_str(&self) -> &str {
+        let len = self.0.iter().position(|&byte| byte == 0).unwrap_or(16);
+        std::str::from_utf8(&self.0[..len]).unwrap_or("?")
+    }
+}
+
+/// A running engine thread. Dropping it lets the thread run on by itself.
+#[derive(Debug)]
+pub struct EngineThread {
+    thread: libc::pthread_t,
+    pid: u32,
+}
+
+impl EngineThread {
+    /// Waits until the thread's body has returned. In a forked child, where
+    /// the thread does not exist, returns at once.
+    pub fn join(self) {
+        if self.pid == std::process::id() {
+            // SAFETY: a joinable thread, joined once: `self` is used up.
+            unsafe { libc::pthread_join(self.thread, ptr::null_mut()) };
+        }
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for EngineThread {
+    fn drop(&mut self) {
+        if self.pid == std::process::id() {
+            // SAFETY: a joinable thread that nobody can join any more.
+            unsafe { libc::pthread_detach(self.thread) };
+        }
+    }
+}
+
+struct Start<F> {
+    body: F,
+    name: Name,
+    table: u32,
+}
+
+/// Starts a thread that runs `body` with all signals blocked, its stack
+/// excluded from migration, and sharing the caller's descriptor table.
+pub(crate) fn create<F: FnOnce() + Send + 'static>(
+    name: &str,
+    cpu: Option<usize>,
+    table: u32,
+    body: F,
+) -> io::Result<EngineThread> {
+    report_panics_without_the_heap();
+    let start = hmm_mem::boxed(Start {
+        body,
+        name: Name::new(name),
+        table,
+    });
+    let attributes = Attributes::new(cpu)?;
+    let mut all = MaybeUninit::uninit();
+    let mut before = MaybeUninit::uninit();
+    let mut thread = 0;
+    let argument = hmm_mem::Box::into_raw(start);
+    // SAFETY: sets are filled before they are used. The new thread inherits
+    // the mask, so that no handler of the program ever runs on it; the caller's
+    // own is put back. `run` takes `argument` over when the thread starts.
+    let error = unsafe {
+        libc::sigfillset(all.as_mut_ptr());
+        libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
+        let error = libc::pthread_create(
+            &raw mut thread,
+            &raw const attributes.0,
+            run::<F>,
+            argument.cast(),
+        );
+        libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), ptr::null_mut());
+        error
+    };
+    if error != 0 {
+        // SAFETY: no thread was made, so nobody else has taken it over.
+        drop(unsafe { hmm_mem::Box::from_raw_in(argument, EngineAlloc) });
+        return Err(io::Error::from_raw_os_error(error));
+    }
+    Ok(EngineThread {
+        thread,
+        pid: std::process::id(),
+    })
+}
+
+/// A thread's attributes before it starts.
+struct Attributes(libc::pthread_attr_t);
+
+impl Attributes {
+    fn new(cpu: Option<usize>) -> io::Result<Self> {
+        let mut attributes = MaybeUninit::uninit();
+        // SAFETY: initialises what it is given, or fails.
+        let error = unsafe { libc::pthread_attr_init(attributes.as_mut_ptr()) };
+        if error != 0 {
+            return Err(io::Error::from_raw_os_error(error));
+        }
+        // SAFETY: initialised above.
+        let mut attributes = Self(unsafe { attributes.assume_init() });
+        // SAFETY: initialised attributes, a size that is a multiple of pages.
+        let mut error =
+            unsafe { libc::pthread_attr_setstacksize(&raw mut attributes.0, STACK_BYTES) };
+        if let (0, Some(cpu)) = (error, cpu) {
+            if cpu >= 8 * size_of::<libc::cpu_set_t>() {
+                return Err(io::Error::from_raw_os_error(libc::EINVAL));
+            }
+            // SAFETY: a set of zeros is an empty one; the index was checked.
+            error = unsafe {
+                let mut set: libc::cpu_set_t = std::mem::zeroed();
+                libc::CPU_SET(cpu, &mut set);
+                libc::pthread_attr_setaffinity_np(
+                    &raw mut attributes.0,
+                    size_of_val(&set),
+                    &raw const set,
+                )
+            };
+        }
+        if error == 0 {
+            Ok(attributes)
+        } else {
+            Err(io::Error::from_raw_os_error(error))
+        }
+    }
+}
+
+impl Drop for Attributes {
+    fn drop(&mut self) {
+        // SAFETY: initialised, and not used again.
+        unsafe { libc::pthread_attr_destroy(&raw mut self.0) };
+    }
+}
+
+extern "C" fn run<F: FnOnce()>(argument: *mut c_void) -> *mut c_void {
+    // SAFETY: the box that `create` gave up for this thread.
+    let start = unsafe { hmm_mem::Box::from_raw_in(argument.cast::<Start<F>>(), EngineAlloc) };
+    let Start { body, name, table } = hmm_mem::Box::into_inner(start);
+    TABLE.set(table);
+    // SAFETY: 16 bytes with a zero at the end.
+    unsafe { libc::prctl(libc::PR_SET_NAME, name.0.as_ptr()) };
+    let stack = own_stack();
+    if let Some(stack) = stack {
+        exclude(stack);
+    }
+    if catch_unwind(AssertUnwindSafe(body)).is_err() {
+        // The hook says so first, unless the program has replaced it.
+        fail(format_args!(
+            "engine thread {} panicked; a fault nobody answers would hang the program, \
+             so it ends now",
+            name.as_str()
+        ));
+    }
+    if let Some(stack) = stack {
+        include(stack);
+    }
+    ptr::null_mut()
+}
+
+/// The calling thread's stack, which holds its thread-local data as well.
+fn own_stack() -> Option<PageRange> {
+    let mut attributes = MaybeUninit::uninit();
+    let mut start = ptr::null_mut();
+    let mut len_bytes = 0;
+    // SAFETY: the attributes are initialised by the first call, used only when
+    // it succeeds, and destroyed once.
+    unsafe {
+        if libc::pthread_getattr_np(libc::pthread_self(), attributes.as_mut_ptr()) != 0 {
+            return None;
+        }
+        libc::pthread_attr_getstack(attributes.as_ptr(), &raw mut start, &raw mut len_bytes);
+        libc::pthread_attr_destroy(attributes.as_mut_ptr());
+    }
+    PageRange::covering(VirtAddr::of(start), len_bytes as u64).ok()
+}
+
+/// Rust's own report of a panic takes locks and reads the heap, both of which
+/// may wait for the very thread that panicked. On engine threads this hook
+/// writes one line instead and ends the process; on others the hook that was
+/// there before goes on.
+fn report_panics_without_the_heap() {
+    static INSTALLED: Once = Once::new();
+    INSTALLED.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if !is_engine_thread() {
+                return before(panic);
+            }
+            let mut name = Name([0; 16]);
+            // SAFETY: the kernel writes at most 16 bytes.
+            unsafe { libc::prctl(libc::PR_GET_NAME, name.0.as_mut_ptr()) };
+            let mut line = Line::new();
+            let _ = write!(line, "hmm: {panic}");
+            line.send();
+            fail(format_args!(
+                "engine thread {} panicked; a fault nobody answers would hang the program, \
+                 so it ends now",
+                name.as_str()
+            ))
+        }));
+    });
+}

@@ -1,0 +1,290 @@
+//! Faults and structural events of the real kernel.
+
+mod common;
+
+use std::thread;
+
+use common::{Area, PAGE, done, fork, load, open, open_without, reap, stopped, tag};
+use hmm_hal::{AddressSpace, Event, FaultKind, SpaceId, Stop};
+use hmm_os::{Disable, Wakeup};
+use hmm_types::Access;
+
+#[test]
+fn faults_say_who_wants_what() {
+    let Some(os) = open() else { return };
+    let area = Area::new(16, false);
+    os.space.register(area.range).unwrap();
+    assert_eq!(os.space.wait(0), Wakeup::TimedOut);
+    thread::scope(|scope| {
+        scope.spawn(|| area.set(3, 5));
+        let events = os.next_events();
+        let [
+            Event::Fault {
+                space,
+                address,
+                kind,
+                access,
+                thread,
+            },
+        ] = events[..]
+        else {
+            panic!("{events:?}");
+        };
+        assert_eq!(
+            (space, kind, access),
+            (SpaceId::OWN, FaultKind::Missing, Access::Write)
+        );
+        assert!(area.page(3).contains(address));
+        assert_ne!(thread, 0);
+        // A fault in flight does not stand in the way of others.
+        assert_eq!(os.space.zero_pages(SpaceId::OWN, area.page(2)), done(1));
+        assert_eq!(os.space.zero_pages(SpaceId::OWN, area.page(3)), done(1));
+    });
+    assert_eq!((area.get(2), area.get(3)), (0, 5));
+}
+
+#[test]
+fn writes_to_protected_pages_are_faults() {
+    let Some(os) = open() else { return };
+    if os.lacks(!os.space.capabilities().write_protect, "write protection") {
+        return;
+    }
+    let area = Area::new(16, false);
+    area.fill();
+    os.space.register(area.range).unwrap();
+    assert_eq!(os.space.write_protect(area.range, true), done(16));
+    area.check();
+    thread::scope(|scope| {
+        scope.spawn(|| area.set(9, 1));
+        let events = os.next_events();
+        assert!(
+            matches!(
+                events[..],
+                [Event::Fault {
+                    kind: FaultKind::WriteProtected,
+                    access: Access::Write,
+                    ..
+                }]
+            ),
+            "{events:?}"
+        );
+        assert_eq!(os.space.write_protect(area.page(9), false), done(1));
+    });
+    assert_eq!((area.get(9), area.get(8)), (1, tag(8)));
+    area.protect(12, 4, libc::PROT_NONE);
+    assert_eq!(os.space.write_protect(area.range, true), done(16));
+    let unknown = Area::new(4, false);
+    assert_eq!(
+        os.space.write_protect(unknown.range, true),
+        stopped(0, Stop::NotMapped)
+    );
+}
+
+#[test]
+fn nothing_moves_while_an_event_waits() {
+    let Some(os) = open() else { return };
+    if os.lacks(!os.space.capabilities().move_pages, "UFFDIO_MOVE") {
+        return;
+    }
+    let area = Area::new(64, false);
+    area.fill();
+    os.space.register(area.range).unwrap();
+    let slot = os.small_slot(0);
+    thread::scope(|scope| {
+        let unmapping = scope.spawn(|| area.unmap(32, 8));
+        assert_eq!(os.space.wait(10_000), Wakeup::Events);
+        assert!(!unmapping.is_finished());
+        let moved = os.space.move_pages(area.range.slice(0, 8), slot.start());
+        assert_eq!(moved, stopped(0, Stop::Again));
+        assert_eq!(
+            os.space.zero_pages(SpaceId::OWN, area.page(0)),
+            stopped(0, Stop::Again)
+        );
+        let event = Event::Unmap {
+            space: SpaceId::OWN,
+            range: area.range.slice(32, 8),
+        };
+        assert_eq!(os.next_events(), [event]);
+        unmapping.join().unwrap();
+        assert_eq!(
+            os.space.move_pages(area.range.slice(0, 8), slot.start()),
+            done(8)
+        );
+        // Moving pages is not an event, on either side.
+        assert_eq!(os.space.wait(20), Wakeup::TimedOut);
+    });
+    // The range now spans two mappings and a gap.
+    let moved = os
+        .space
+        .move_pages(area.range.slice(8, 56), slot.start().plus_pages(8));
+    assert_eq!(moved, stopped(24, Stop::NotMapped));
+}
+
+#[test]
+fn dropped_and_moved_mappings_are_reported() {
+    let Some(os) = open() else { return };
+    let area = Area::new(64, false);
+    let target = Area::new(64, false);
+    area.fill();
+    os.space.register(area.range).unwrap();
+    thread::scope(|scope| {
+        scope.spawn(|| os.space.discard(area.range.slice(4, 2)).unwrap());
+        let range = area.range.slice(4, 2);
+        assert_eq!(
+            os.next_events(),
+            [Event::Remove {
+                space: SpaceId::OWN,
+                range
+            }]
+        );
+    });
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+            let len = 16 * PAGE;
+            // SAFETY: moves part of one area over part of another.
+            let result =
+                unsafe { libc::mremap(area.ptr(16).cast(), len, len, flags, target.ptr(8)) };
+            assert_eq!(result, target.ptr(8).cast());
+        });
+        let mut events = os.next_events();
+        while os.space.wait(50) == Wakeup::Events {
+            events.extend(os.next_events());
+        }
+        let remap = Event::Remap {
+            space: SpaceId::OWN,
+            from: area.range.slice(16, 16),
+            to: target.range.slice(8, 16).start(),
+        };
+        println!("mremap(MREMAP_FIXED) reports {events:?}");
+        assert_eq!(events[0], remap);
+    });
+    assert_eq!(target.get(8), tag(16));
+}
+
+#[test]
+fn a_child_gets_its_pages() {
+    let Some(os) = open() else { return };
+    if os.lacks(
+        !os.space.capabilities().fork_events,
+        "fork events (CAP_SYS_PTRACE)",
+    ) {
+        return;
+    }
+    let area = Area::new(16, false);
+    area.fill();
+    os.space.register(area.range).unwrap();
+    let slot = os.small_slot(0).slice(0, 4);
+    assert_eq!(
+        os.space.move_pages(area.range.slice(0, 4), slot.start()),
+        done(4)
+    );
+
+    let pid = thread::scope(|scope| {
+        let forking = scope.spawn(|| {
+            fork(|| {
+                // Page 2 is served, page 9 is there, staging is not.
+                let right = area.get(2) == tag(2) && area.get(9) == tag(9);
+                // SAFETY: asks whether the address is mapped.
+                let staging = unsafe { libc::madvise(slot_pointer(slot), PAGE, libc::MADV_NORMAL) };
+                if right && staging != 0 { 42 } else { 1 }
+            })
+        });
+        let child = SpaceId::new(1);
+        let fork = Event::Fork {
+            parent: SpaceId::OWN,
+            child,
+        };
+        // The child runs on as soon as the fork is read, so its first fault may
+        // come in the same batch: behind the fork, always.
+        let mut events = os.next_events();
+        assert_eq!(events.remove(0), fork);
+        assert_eq!(os.space.counters().children, 1);
+        let pid = forking.join().unwrap();
+        if events.is_empty() {
+            events = os.next_events();
+        }
+        let [
+            Event::Fault {
+                space,
+                address,
+                access: Access::Read,
+                thread,
+                ..
+            },
+        ] = events[..]
+        else {
+            panic!("{events:?}");
+        };
+        assert_eq!(space, child);
+        assert!(area.page(2).contains(address));
+        assert_eq!(thread, pid.cast_unsigned());
+        let copied = os
+            .space
+            .copy_pages(child, slot.slice(2, 1).start(), area.page(2));
+        assert_eq!(copied, done(1));
+        pid
+    });
+    assert_eq!(reap(pid), 42);
+    let child = SpaceId::new(1);
+    assert_eq!(os.next_events(), [Event::Exit { space: child }]);
+    assert_eq!(
+        os.space.wait(50),
+        Wakeup::TimedOut,
+        "an exit is reported once"
+    );
+    assert_eq!(
+        os.space.zero_pages(child, area.page(1)),
+        stopped(0, Stop::Gone)
+    );
+    os.space.release(child);
+    assert_eq!(os.space.counters().children, 0);
+    assert_eq!(
+        load(slot.start()),
+        tag(0),
+        "the parent's copy is still there"
+    );
+}
+
+fn slot_pointer(slot: hmm_types::PageRange) -> *mut libc::c_void {
+    std::ptr::with_exposed_provenance_mut(slot.start().addr())
+}
+
+#[test]
+fn less_is_possible_without_privileges() {
+    let disable = Disable {
+        privileged: true,
+        fork_events: true,
+        ..Disable::default()
+    };
+    let Some(os) = open_without(disable) else {
+        return;
+    };
+    let capabilities = os.space.capabilities();
+    assert!(!capabilities.kernel_faults && !capabilities.fork_events);
+    let area = Area::new(4, false);
+    os.space.register(area.range).unwrap();
+    // No event: the fork returns at once, and the child reads zeros.
+    let child = fork(|| i32::try_from(area.get(0)).unwrap_or(1));
+    assert_eq!(reap(child), 0);
+    // The kernel's own access fails instead of waiting for ever.
+    // SAFETY: writes into the area; a failure is expected.
+    let read = unsafe {
+        let zero = libc::open(c"/dev/zero".as_ptr(), libc::O_RDONLY);
+        libc::read(zero, area.ptr(1).cast(), 8)
+    };
+    assert_eq!(read, -1);
+}
+
+#[test]
+fn waiting_can_be_interrupted() {
+    let Some(os) = open() else { return };
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| os.space.wait(60_000));
+        os.space.interrupt();
+        assert_eq!(waiting.join().unwrap(), Wakeup::Interrupted);
+    });
+    assert_eq!(os.space.wait(60_000), Wakeup::Interrupted);
+    os.space.resume();
+    assert_eq!(os.space.wait(1), Wakeup::TimedOut);
+}

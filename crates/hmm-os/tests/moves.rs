@@ -1,0 +1,310 @@
+//! Moving, copying and refusing pages on the real kernel.
+
+mod common;
+
+use std::os::fd::AsRawFd;
+
+use common::{Area, HUGE, SMALL, done, fork, kill, load, open, open_without, stopped, tag};
+use hmm_hal::{AddressSpace, Presence, RegisterError, SpaceId, Stop};
+use hmm_os::{Disable, LinuxSpace};
+use hmm_types::{PageRange, StayReason, VirtAddr};
+
+#[test]
+fn small_pages_go_out_and_come_back() {
+    let Some(os) = open() else { return };
+    if os.lacks(!os.space.capabilities().move_pages, "UFFDIO_MOVE") {
+        return;
+    }
+    let area = Area::new(512, false);
+    area.fill();
+    os.space.register(area.range).unwrap();
+    let slot = os.small_slot(1);
+    assert!(os.all_are(slot, Presence::Hole));
+    assert_eq!(os.space.move_pages(area.range, slot.start()), done(512));
+    assert_eq!(os.presence(area.range), [(area.range, Presence::Hole)]);
+    assert_eq!(os.presence(slot), [(slot, SMALL)]);
+    for page in 0..512 {
+        assert_eq!(load(slot.start().plus_pages(page as u64)), tag(page));
+    }
+    assert_eq!(os.space.move_pages(slot, area.range.start()), done(512));
+    assert!(os.all_are(slot, Presence::Hole));
+    area.check();
+    os.space.unregister(area.range);
+}
+
+#[test]
+fn huge_pages_stay_huge() {
+    let Some(os) = open() else { return };
+    let Some(arena) = os.space.staging().huge else {
+        println!("SKIPPED: no THP here");
+        return;
+    };
+    let area = Area::new(512, true);
+    area.fill();
+    if os.lacks(
+        !os.all_are(area.range, HUGE),
+        "contiguous memory for a huge page, or PAGEMAP_SCAN",
+    ) {
+        return;
+    }
+    os.space.register(area.range).unwrap();
+    let slot = arena.slice(512, 512);
+    assert_eq!(os.space.move_pages(area.range, slot.start()), done(512));
+    assert_eq!(os.presence(slot), [(slot, HUGE)]);
+    assert_eq!(os.space.move_pages(slot, area.range.start()), done(512));
+    assert_eq!(os.presence(area.range), [(area.range, HUGE)]);
+    area.check();
+}
+
+#[test]
+fn holes_are_skipped() {
+    let Some(os) = open() else { return };
+    if os.lacks(!os.space.capabilities().move_pages, "UFFDIO_MOVE") {
+        return;
+    }
+    let area = Area::new(256, false);
+    (0..256)
+        .step_by(2)
+        .for_each(|page| area.set(page, tag(page)));
+    os.space.register(area.range).unwrap();
+    let slot = os.small_slot(0).slice(0, 256);
+    assert_eq!(os.space.move_pages(area.range, slot.start()), done(256));
+    let spans = os.presence(slot);
+    assert_eq!(spans.len(), 256);
+    for (index, (span, presence)) in spans.into_iter().enumerate() {
+        assert_eq!(span, slot.slice(index as u64, 1));
+        assert_eq!(
+            presence,
+            if index % 2 == 0 {
+                SMALL
+            } else {
+                Presence::Hole
+            }
+        );
+    }
+    // Nothing but holes now. The kernel looks at the destination first.
+    let other = os.small_slot(1).start();
+    assert_eq!(os.space.move_pages(area.range, other), done(256));
+    assert_eq!(
+        os.space.move_pages(area.range, slot.start()),
+        stopped(0, Stop::Exists)
+    );
+}
+
+#[test]
+fn what_is_there_is_not_replaced() {
+    let Some(os) = open() else { return };
+    let area = Area::new(64, false);
+    let other = Area::new(64, false);
+    area.fill();
+    other.set(40, 7);
+    os.space.register(area.range).unwrap();
+    os.space.register(other.range).unwrap();
+    let slot = os.small_slot(2).slice(0, 64);
+    assert_eq!(os.space.move_pages(area.range, slot.start()), done(64));
+    assert_eq!(
+        os.space.move_pages(slot, other.range.start()),
+        stopped(40, Stop::Exists)
+    );
+    assert_eq!((other.get(39), other.get(40)), (tag(39), 7));
+    let rest = slot.slice(40, 24);
+    let copied = os
+        .space
+        .copy_pages(SpaceId::OWN, rest.start(), other.range.slice(40, 24));
+    assert_eq!(copied, stopped(0, Stop::Exists));
+    let copied = os
+        .space
+        .copy_pages(SpaceId::OWN, rest.start(), area.range.slice(40, 24));
+    assert_eq!((copied, area.get(63)), (done(24), tag(63)));
+    let zeroed = os.space.zero_pages(SpaceId::OWN, area.range);
+    assert_eq!((zeroed, area.get(0)), (stopped(40, Stop::Exists), 0));
+}
+
+#[test]
+fn pages_shared_with_a_child_move_once_they_are_its_own() {
+    let Some(os) = open() else { return };
+    let area = Area::new(32, false);
+    area.fill();
+    let child = fork(|| {
+        // SAFETY: waits for the signal that ends it.
+        unsafe { libc::pause() }
+    });
+    os.space.register(area.range).unwrap();
+    let slot = os.small_slot(0).slice(0, 32);
+    area.set(3, tag(3)); // its own again
+    assert_eq!(
+        os.space.move_pages(area.range, slot.start()),
+        stopped(0, Stop::Busy)
+    );
+    assert_eq!(
+        os.space.move_pages(area.range.slice(3, 5), slot.start()),
+        stopped(1, Stop::Busy)
+    );
+    assert_eq!(
+        os.space.move_pages(slot.slice(0, 1), area.page(3).start()),
+        done(1)
+    );
+    os.space.unshare(area.range).unwrap();
+    assert_eq!(os.space.move_pages(area.range, slot.start()), done(32));
+    assert_eq!(os.space.move_pages(slot, area.range.start()), done(32));
+    area.check();
+    kill(child);
+}
+
+#[test]
+fn refusals_are_explained() {
+    let Some(os) = open() else { return };
+    let slot = os.small_slot(0);
+    let refused = |range: PageRange| os.space.move_pages(range, slot.start());
+
+    let locked = Area::new(8, false);
+    locked.fill();
+    os.space.register(locked.range).unwrap();
+    if !os.lacks(!locked.lock(), "mlock") {
+        assert_eq!(refused(locked.range), stopped(0, Stop::Incompatible));
+        assert_eq!(
+            os.space.explain_refusal(locked.page(1)),
+            Some(StayReason::Locked)
+        );
+    }
+
+    let mixed = Area::new(64, false);
+    mixed.fill();
+    os.space.register(mixed.range).unwrap();
+    mixed.protect(37, 1, libc::PROT_READ);
+    mixed.protect(50, 1, libc::PROT_NONE);
+    assert_eq!(refused(mixed.range), stopped(37, Stop::Incompatible));
+    assert_eq!(os.space.explain_refusal(mixed.page(37)), None);
+    assert_eq!(
+        os.space.explain_refusal(mixed.page(50)),
+        Some(StayReason::NoAccess)
+    );
+    os.unmap(&mixed, 60, 1);
+    assert_eq!(
+        os.space.explain_refusal(mixed.page(60)),
+        Some(StayReason::NotMapped)
+    );
+
+    let program = std::fs::File::open("/proc/self/exe").unwrap();
+    let file = Area::map(1, false, libc::MAP_PRIVATE, program.as_raw_fd());
+    assert_eq!(
+        os.space.explain_refusal(file.range),
+        Some(StayReason::FileBacked)
+    );
+    assert_eq!(
+        os.space.register(file.range),
+        Err(RegisterError::Unsuitable)
+    );
+    let shared = Area::map(1, false, libc::MAP_SHARED | libc::MAP_ANONYMOUS, -1);
+    assert_eq!(
+        os.space.explain_refusal(shared.range),
+        Some(StayReason::Shared)
+    );
+    assert_eq!(
+        os.space.register(shared.range),
+        Err(RegisterError::Unsuitable)
+    );
+}
+
+#[test]
+fn ranges_of_others_are_left_alone() {
+    let Some(os) = open() else { return };
+    let area = Area::new(16, false);
+    let other = LinuxSpace::open(common::CONFIG).unwrap();
+    other.register(area.range.slice(8, 8)).unwrap();
+    assert_eq!(os.space.register(area.range), Err(RegisterError::Foreign));
+    os.space.register(area.range.slice(0, 8)).unwrap();
+    os.space.register(area.range.slice(0, 8)).unwrap();
+    drop(other);
+    os.space.register(area.range).unwrap();
+    os.unmap(&area, 12, 4);
+    assert_eq!(
+        os.space.register(area.range),
+        Err(RegisterError::Unsuitable)
+    );
+}
+
+#[test]
+fn slots_are_provisioned() {
+    let Some(os) = open() else { return };
+    let small = os.small_slot(3);
+    assert!(os.space.provision(small));
+    assert_eq!(os.presence(small), [(small, SMALL)]);
+    assert_eq!(load(small.start()), 0);
+    assert!(os.space.provision(small), "what is there stays");
+    if let Some(huge) = os.space.staging().huge {
+        let huge = huge.slice(0, 512);
+        assert!(os.space.provision(huge));
+        let failed = os.space.counters().thp_provision_failed;
+        if !os.lacks(failed > 0, "contiguous memory for a huge page") {
+            assert_eq!(os.presence(huge), [(huge, HUGE)]);
+        }
+    }
+    let area = Area::new(512, false);
+    os.space.register(area.range).unwrap();
+    assert_eq!(os.space.move_pages(small, area.range.start()), done(512));
+    assert_eq!(area.get(511), 0);
+}
+
+#[test]
+fn without_move_pages_are_copied() {
+    let disable = Disable {
+        move_pages: true,
+        pagemap_scan: true,
+        ..Disable::default()
+    };
+    let Some(os) = open_without(disable) else {
+        return;
+    };
+    assert!(!os.space.capabilities().move_pages);
+    let area = Area::new(16, false);
+    area.fill();
+    os.space.register(area.range).unwrap();
+    let slot = os.small_slot(0);
+    assert_eq!(
+        os.space.move_pages(area.range, slot.start()),
+        stopped(0, Stop::Incompatible)
+    );
+    assert!(os.space.provision(slot));
+    assert!(os.all_are(slot, SMALL));
+    assert_eq!(os.space.read_pages(area.range, slot.start()), done(16));
+    assert_eq!(load(slot.start().plus_pages(15)), tag(15));
+}
+
+#[test]
+fn reading_tells_instead_of_raising_a_signal() {
+    let Some(os) = open() else { return };
+    let area = Area::new(16, false);
+    area.fill();
+    area.protect(5, 1, libc::PROT_NONE);
+    let target = hmm_mem::boxed([0u64; 16 * 512]);
+    let to = VirtAddr::of(&*target);
+    // The arena aligns large blocks to pages.
+    assert!(to.is_page_aligned());
+    assert_eq!(
+        os.space.read_pages(area.range, to),
+        stopped(5, Stop::NotMapped)
+    );
+    assert_eq!(load(to.plus_pages(4)), tag(4));
+    assert_eq!(
+        os.space.read_pages(area.page(5), to),
+        stopped(0, Stop::NotMapped)
+    );
+    assert_eq!(os.space.read_pages(area.range.slice(6, 10), to), done(10));
+}
+
+#[test]
+fn lost_pages_raise_sigbus() {
+    let Some(os) = open() else { return };
+    let area = Area::new(8, false);
+    os.space.register(area.range).unwrap();
+    let poisoned = os.space.poison_pages(SpaceId::OWN, area.page(2));
+    if os.lacks(poisoned == stopped(0, Stop::Incompatible), "UFFDIO_POISON") {
+        return;
+    }
+    assert_eq!(poisoned, done(1));
+    let target = hmm_mem::boxed([0u64; 512]);
+    let read = os.space.read_pages(area.page(2), VirtAddr::of(&*target));
+    assert_eq!(read, stopped(0, Stop::NotMapped));
+    println!("a poisoned page is {:?}", os.presence(area.range));
+}

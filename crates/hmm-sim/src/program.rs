@@ -1,0 +1,274 @@
+//! What a simulated program does, and how it is chosen.
+
+use hmm_hal::SpaceId;
+use hmm_types::{
+    Access, DeviceId, MemoryKind, PAGE_SIZE, PAGES_PER_BLOCK, PageCount, PageRange, Permissions,
+    VirtAddr,
+};
+
+use crate::actor::Kind;
+use crate::calls::{ForkAdvice, MapRequest};
+use crate::config::SimConfig;
+use crate::engine::Request;
+use crate::oracle::Oracle;
+use crate::page::SIM_PAGE_BYTES;
+use crate::rng::SimRng;
+use crate::space::ARENA_START;
+
+/// Size of the part of the address space that programs use.
+const ARENA_PAGES: u64 = 5 * PAGES_PER_BLOCK as u64;
+/// A program has at most so many pages mapped.
+const MAX_MAPPED_PAGES: usize = 1600;
+/// Children that are alive at a time.
+const MAX_CHILDREN: usize = 3;
+/// Attempts to find a free place.
+const PLACE_ATTEMPTS: u32 = 8;
+
+/// What an access does with the bytes at its address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Reads so many bytes.
+    Load(usize),
+    /// Writes so many bytes of this value.
+    Store(usize, u8),
+    /// Adds to the eight bytes at an aligned address.
+    Add(u64),
+}
+
+impl Action {
+    /// What the page must allow.
+    #[must_use]
+    pub const fn access(self) -> Access {
+        match self {
+            Self::Load(_) => Access::Read,
+            Self::Store(..) | Self::Add(_) => Access::Write,
+        }
+    }
+}
+
+/// One operation of a thread or of a device's kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// An access of the CPU or of the device.
+    Access(VirtAddr, Action),
+    /// mmap.
+    Map(MapRequest),
+    /// munmap.
+    Unmap(PageRange),
+    /// mmap with MAP_FIXED over what is there.
+    MapOver(PageRange),
+    /// mremap.
+    Remap(PageRange, PageRange),
+    /// madvise(MADV_DONTNEED).
+    DontNeed(PageRange),
+    /// madvise(MADV_DONTFORK) or (MADV_WIPEONFORK).
+    AdviseFork(PageRange, ForkAdvice),
+    /// mprotect.
+    Protect(PageRange, Permissions),
+    /// mlock.
+    Lock(PageRange),
+    /// munlock.
+    Unlock(PageRange),
+    /// Pins one page for DMA.
+    Pin(PageRange),
+    /// DMA of this value into the oldest pinned page.
+    Dma(u8),
+    /// Ends the oldest pin.
+    Unpin,
+    /// fork.
+    Fork,
+    /// A child exits.
+    Exit,
+    /// A request to the engine.
+    Request(Request),
+    /// A device is lost.
+    LoseDevice(DeviceId),
+    /// Nothing.
+    Idle,
+}
+
+/// Chooses what an actor does next.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Chooser<'a> {
+    pub config: &'a SimConfig,
+    pub oracle: &'a Oracle,
+    pub kind: Kind,
+}
+
+impl Chooser<'_> {
+    pub(crate) fn choose(&self, rng: &mut SimRng) -> Op {
+        match self.kind {
+            Kind::Device(_) => self.access(rng, SpaceId::OWN, true),
+            Kind::Thread { space, .. } if space != SpaceId::OWN => self.choose_in_child(rng, space),
+            Kind::Thread { .. } => self.choose_in_own(rng),
+        }
+    }
+
+    fn choose_in_child(&self, rng: &mut SimRng, space: SpaceId) -> Op {
+        match rng.below(40) {
+            0 => Op::Exit,
+            1 => self.range(rng, space).map_or(Op::Idle, Op::DontNeed),
+            2 => self.range(rng, space).map_or(Op::Idle, Op::Unmap),
+            _ => self.access(rng, space, false),
+        }
+    }
+
+    fn choose_in_own(&self, rng: &mut SimRng) -> Op {
+        let space = SpaceId::OWN;
+        let mapped = self.oracle.space(space).map_or(0, |pages| pages.len());
+        let device = DeviceId::new(rng.index(self.config.devices));
+        let Some(range) = self.range(rng, space) else {
+            return self.map(rng);
+        };
+        let steady = self.oracle.flux(space, range).is_none();
+        let request = |request| {
+            if steady || self.config.racy_requests {
+                Op::Request(request)
+            } else {
+                Op::Idle
+            }
+        };
+        // Two threads that change the same range at once are a broken program.
+        let change = |op| if steady { op } else { Op::Idle };
+        match rng.below(100) {
+            0..10 if mapped < MAX_MAPPED_PAGES => self.map(rng),
+            10..14 => change(Op::Unmap(range)),
+            14..15 => change(Op::MapOver(range)),
+            15..19 => change(self.remap(rng, range)),
+            19..23 => change(Op::DontNeed(range)),
+            23..24 if self.config.fork_flags => {
+                let advice = if rng.one_in(2) {
+                    ForkAdvice::DontFork
+                } else {
+                    ForkAdvice::WipeOnFork
+                };
+                change(Op::AdviseFork(range, advice))
+            }
+            24..27 => change(Op::Protect(range, permissions(rng))),
+            27..28 => change(Op::Lock(range.slice(0, range.pages().get().min(16)))),
+            28..30 => change(Op::Unlock(range)),
+            // Without page moving, nobody can tell that a page is pinned.
+            30..32 if self.config.capabilities.move_pages => {
+                change(Op::Pin(range.slice(0, 1)))
+            }
+            32..34 => Op::Dma((rng.bits() & 0xff) as u8),
+            34..36 => Op::Unpin,
+            36..38 if self.oracle.spaces().len() <= MAX_CHILDREN => Op::Fork,
+            38..54 => request(Request::Migrate(range, device)),
+            54..58 => request(Request::Prefetch(range, device)),
+            58..63 => request(Request::Evict(range)),
+            63..67 => request(Request::Exclusive(
+                range.slice(0, range.pages().get().min(4)),
+                device,
+            )),
+            67 if self.config.lose_devices && rng.one_in(8) => Op::LoseDevice(device),
+            _ => self.access(rng, space, false),
+        }
+    }
+
+    fn map(&self, rng: &mut SimRng) -> Op {
+        let kind = match rng.below(12) {
+            0 => MemoryKind::File,
+            1 => MemoryKind::Shared,
+            _ => MemoryKind::PrivateAnonymous,
+        };
+        let pages = if rng.one_in(8) {
+            PAGES_PER_BLOCK as u64
+        } else {
+            rng.between(1, 64)
+        };
+        self.place(rng, pages).map_or(Op::Idle, |range| {
+            Op::Map(MapRequest {
+                range,
+                kind,
+                foreign: rng.one_in(40),
+            })
+        })
+    }
+
+    /// A free place: an address whose unmapping is still unread is not free,
+    /// since a device may see the old page there.
+    fn place(&self, rng: &mut SimRng, pages: u64) -> Option<PageRange> {
+        (0..PLACE_ATTEMPTS).find_map(|_| {
+            let mut first = rng.below(ARENA_PAGES - pages);
+            if pages >= PAGES_PER_BLOCK as u64 {
+                first -= first % PAGES_PER_BLOCK as u64;
+            }
+            let range =
+                PageRange::from_pages(ARENA_START.plus_pages(first), PageCount::new(pages));
+            let free = self.oracle.is_free(range)
+                && self.oracle.flux(SpaceId::OWN, range).is_none();
+            free.then_some(range)
+        })
+    }
+
+    fn remap(&self, rng: &mut SimRng, from: PageRange) -> Op {
+        let pages = match rng.below(4) {
+            0 => rng.between(1, from.pages().get()),
+            1 => (from.pages().get() + rng.between(1, 16)).min(ARENA_PAGES / 2),
+            _ => from.pages().get(),
+        };
+        if rng.one_in(4) {
+            let to = PageRange::from_pages(from.start(), PageCount::new(pages));
+            let grows = to.pages() > from.pages();
+            let free = !grows || {
+                let tail = PageRange::span(from.end(), to.end());
+                self.oracle.is_free(tail) && self.oracle.flux(SpaceId::OWN, tail).is_none()
+            };
+            return if free { Op::Remap(from, to) } else { Op::Idle };
+        }
+        self.place(rng, pages)
+            .map_or(Op::Idle, |to| Op::Remap(from, to))
+    }
+
+    /// A mapped page and some that follow; sometimes they reach over the end.
+    fn range(&self, rng: &mut SimRng, space: SpaceId) -> Option<PageRange> {
+        let page = self.page(rng, space)?;
+        if rng.one_in(10) {
+            let block = PageCount::from(PAGES_PER_BLOCK);
+            return Some(PageRange::from_pages(page.block_floor(), block));
+        }
+        let most = if rng.one_in(3) { 64 } else { 12 };
+        Some(PageRange::from_pages(page, PageCount::new(rng.between(1, most))))
+    }
+
+    fn page(&self, rng: &mut SimRng, space: SpaceId) -> Option<VirtAddr> {
+        let pages = self.oracle.space(space)?;
+        // Near a random place, so that each mapping has the same chance at its
+        // first pages, and accesses meet.
+        let from = ARENA_START.plus_pages(rng.below(ARENA_PAGES));
+        let (&page, _) = pages.range(from..).next().or_else(|| pages.iter().next())?;
+        let ahead = page.plus_pages(rng.below(8));
+        Some(if pages.contains_key(&ahead) { ahead } else { page })
+    }
+
+    fn access(&self, rng: &mut SimRng, space: SpaceId, device: bool) -> Op {
+        let Some(page) = self.page(rng, space) else {
+            return Op::Idle;
+        };
+        let words = SIM_PAGE_BYTES as u64 / 8;
+        let action = match rng.below(if device { 5 } else { 4 }) {
+            0 | 1 => Action::Load(8 * usize::try_from(rng.between(1, words)).unwrap_or(1)),
+            4 => Action::Add(rng.bits()),
+            _ => Action::Store(1 + rng.index(8), (rng.bits() & 0xff) as u8),
+        };
+        let offset = match action {
+            Action::Load(len) => rng.below((SIM_PAGE_BYTES - len) as u64 + 1),
+            Action::Store(len, _) => rng.below((SIM_PAGE_BYTES - len) as u64 + 1),
+            Action::Add(_) => 8 * rng.below(words),
+        };
+        // Now and then an address just behind a mapping.
+        let page = if rng.one_in(60) { page.plus_pages(1) } else { page };
+        debug_assert!(offset < PAGE_SIZE, "an access lies in one page");
+        Op::Access(VirtAddr::new(page.get() + offset), action)
+    }
+}
+
+fn permissions(rng: &mut SimRng) -> Permissions {
+    let none = Permissions::default();
+    match rng.below(6) {
+        0 => none,
+        1 | 2 => Permissions { read: true, ..none },
+        _ => Permissions::READ_WRITE,
+    }
+}

@@ -1,0 +1,231 @@
+//! The software device, as a program uses it.
+
+use std::cell::RefCell;
+use std::io;
+
+use hmm_core::Executor;
+use hmm_hal::{Device, DeviceFaultError, FaultHandler, Resolution};
+use hmm_mem::Pages;
+use hmm_os::EngineThread;
+use hmm_soft::{
+    Context, Injector, Join, KernelError, LaunchError, LaunchReport, SoftConfig, SoftDevice,
+    SoftStats, Spawn,
+};
+use hmm_types::{Access, ByteCount, DeviceId, VirtAddr};
+
+use crate::host::Host;
+use crate::{Error, care};
+
+/// How a software device is to be.
+#[derive(Clone, Copy, Debug)]
+pub struct SoftwareOptions(pub(crate) SoftConfig);
+
+impl SoftwareOptions {
+    /// A device with this much memory, rounded down to whole pages, and a
+    /// worker for each processor.
+    #[must_use]
+    pub fn new(memory: ByteCount) -> Self {
+        Self(SoftConfig::new(memory))
+    }
+
+    /// A name for people. Default: `software device`.
+    #[must_use]
+    pub const fn name(mut self, name: &'static str) -> Self {
+        self.0.name = name;
+        self
+    }
+
+    /// Threads that run kernels, 1 to 64.
+    #[must_use]
+    pub const fn workers(mut self, workers: usize) -> Self {
+        self.0.workers = workers;
+        self
+    }
+
+    /// Touch all of the device's memory now, so that first use is as fast as
+    /// every other.
+    #[must_use]
+    pub const fn populate(mut self, on: bool) -> Self {
+        self.0.populate = on;
+        self
+    }
+
+    /// Overwrite frames when they are freed, so that a use after free shows:
+    /// for tests.
+    #[must_use]
+    pub const fn poison_freed(mut self, on: bool) -> Self {
+        self.0.poison_freed = on;
+        self
+    }
+}
+
+/// A software device of an engine. Copies of the handle are the same device.
+#[derive(Clone, Copy, Debug)]
+pub struct SoftwareDevice {
+    host: &'static Host,
+    device: &'static SoftDevice,
+    id: DeviceId,
+}
+
+impl SoftwareDevice {
+    pub(crate) fn open(host: &'static Host, options: SoftwareOptions) -> Result<Self, Error> {
+        let device = SoftDevice::open_with(options.0, &EngineSpawner(host))?;
+        device.for_each_own_range(hmm_os::exclude);
+        let added = host.add_device(device).and_then(|id| {
+            device.attach(id, hmm_mem::leaked(Faults(host)))?;
+            Ok(id)
+        });
+        match added {
+            Ok(id) => Ok(Self { host, device, id }),
+            Err(error) => {
+                Self::close(device);
+                Err(error)
+            }
+        }
+    }
+
+    fn close(device: &SoftDevice) {
+        // The ranges first: closing gives the addresses to whoever maps next.
+        device.for_each_own_range(hmm_os::include);
+        device.close();
+    }
+
+    /// What requests name it by.
+    #[must_use]
+    pub const fn id(&self) -> DeviceId {
+        self.id
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        self.device.info().name
+    }
+
+    /// Size of its memory.
+    #[must_use]
+    pub fn memory(&self) -> ByteCount {
+        self.device.info().memory
+    }
+
+    /// Memory of it that is free now.
+    #[must_use]
+    pub fn free_memory(&self) -> ByteCount {
+        self.device.free_pages().bytes()
+    }
+
+    /// Runs `kernel` for each index below `groups` on the device's workers, and
+    /// waits until all are done. The kernel gets the program's own pointers and
+    /// reaches what they point to through its [`Context`]; pages that are not on
+    /// the device fault and come.
+    ///
+    /// ```
+    /// # let hmm = hmm::Hmm::open()?;
+    /// # let device = hmm.add_software_device(hmm::SoftwareOptions::new(hmm::ByteCount::mib(8)))?;
+    /// let mut total = Box::new(0u64);
+    /// let pointer = hmm::Pointer::new(&raw mut *total);
+    /// device.launch(10, |context, index| {
+    ///     context.fetch_add(pointer.get(), index as u64)?;
+    ///     Ok(())
+    /// })?;
+    /// assert_eq!(*total, 45);
+    /// # hmm.shutdown()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`LaunchError`]: an access in error, a panic of the kernel, a device
+    /// that is lost or removed.
+    pub fn launch<K>(&self, groups: usize, kernel: K) -> Result<LaunchReport, LaunchError>
+    where
+        K: Fn(&Context, usize) -> Result<(), KernelError> + Sync,
+    {
+        self.device.launch(groups, kernel)
+    }
+
+    /// Brings everything home from the device, ends it and gives its memory
+    /// back. Pages that could not be brought home stay there, and the device
+    /// with them: then the answer is false.
+    ///
+    /// # Errors
+    /// As [`crate::Hmm::migrate`].
+    pub fn remove(&self) -> Result<bool, Error> {
+        let clean = self.host.remove_device(self.id)?;
+        if clean {
+            Self::close(self.device);
+        }
+        Ok(clean)
+    }
+
+    /// Failures to order, for tests.
+    #[must_use]
+    pub fn injector(&self) -> &'static Injector {
+        self.device.injector()
+    }
+
+    /// What the device has counted.
+    #[must_use]
+    pub fn stats(&self) -> SoftStats {
+        self.device.stats()
+    }
+}
+
+/// Starts a device's threads as engine threads.
+struct EngineSpawner(&'static Host);
+
+impl Spawn for EngineSpawner {
+    fn spawn(&self, name: String, body: Box<dyn FnOnce() + Send>) -> io::Result<Box<dyn Join>> {
+        let thread = self.0.threads.spawn(&name, None, body)?;
+        Ok(Box::new(Joining(thread)))
+    }
+}
+
+struct Joining(EngineThread);
+
+impl Join for Joining {
+    fn join(self: Box<Self>) {
+        self.0.join();
+    }
+}
+
+/// The engine, as a device's threads see it.
+#[derive(Debug)]
+struct Faults(&'static Host);
+
+thread_local! {
+    /// What a device's thread needs to have its faults served.
+    static EXECUTOR: RefCell<Option<(hmm_mem::Box<Executor>, Pages)>> = const { RefCell::new(None) };
+}
+
+impl FaultHandler for Faults {
+    fn device_fault(
+        &self,
+        device: DeviceId,
+        address: VirtAddr,
+        access: Access,
+    ) -> Result<Resolution, DeviceFaultError> {
+        EXECUTOR.with_borrow_mut(|executor| {
+            if executor.is_none() {
+                let Some(bounce) = care::bounce() else {
+                    return Err(DeviceFaultError::Unreachable {
+                        address,
+                        reason: hmm_types::StayReason::NoSystemMemory,
+                    });
+                };
+                let worker = Executor::worker(bounce.range().start());
+                *executor = Some((hmm_mem::boxed(worker), bounce));
+            }
+            match executor {
+                Some((executor, _)) => {
+                    self.0.engine.device_fault(executor, device, address, access)
+                }
+                None => unreachable!("made above"),
+            }
+        })
+    }
+
+    fn wait_for_progress(&self) {
+        self.0.engine.wait_for_transition();
+    }
+}
+

@@ -1,0 +1,81 @@
+//! What can go wrong, and what to do about it.
+
+use hmm_types::{DeviceId, PageCount, PageRange, RangeError};
+
+/// Why a request was refused. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The numbers name no memory of the process.
+    #[error(transparent)]
+    Range(#[from] RangeError),
+    /// No page of the range is mapped.
+    #[error("nothing is mapped at {range}; check the pointer and the length")]
+    NotMapped {
+        /// The range.
+        range: PageRange,
+    },
+    /// The device was removed, or is none of this engine's.
+    #[error("{device} is gone; add a device and use its id")]
+    NoDevice {
+        /// The device.
+        device: DeviceId,
+    },
+    /// As many requests as can be queued are waiting.
+    #[error("{limit} requests are waiting already; wait for one of them")]
+    QueueFull {
+        /// How many can wait.
+        limit: usize,
+    },
+    /// The engine is shutting down.
+    #[error("the engine is shutting down")]
+    ShuttingDown,
+    /// Called in a forked child.
+    #[error("the engine stayed in the parent process; open another one after a fork")]
+    Forked,
+    /// The engine's own threads asked it for something.
+    #[error("a kernel cannot ask the engine that it runs on; do it before or after the launch")]
+    EngineThread,
+    /// The address space could not be opened.
+    #[error("cannot open the address space: {0}")]
+    Open(#[from] hmm_os::OpenError),
+    /// An engine thread could not be started.
+    #[error("cannot start an engine thread: {0}; see `ulimit -u`")]
+    Thread(#[from] std::io::Error),
+    /// A setting makes no sense.
+    #[error("{setting} cannot be {value}: {why}")]
+    Setting {
+        /// Which.
+        setting: &'static str,
+        /// Its value.
+        value: u64,
+        /// What it must be.
+        why: &'static str,
+    },
+    /// The software device could not be made.
+    #[error("cannot make the software device: {0}")]
+    Software(#[from] hmm_soft::SoftError),
+    /// The device was not accepted.
+    #[error(transparent)]
+    AddDevice(#[from] hmm_core::AddDeviceError),
+    /// The engine has no memory for its tables.
+    #[error("the engine's own memory is exhausted; see `ulimit -v`")]
+    EngineMemory,
+    /// The kernel's tables could not be read.
+    #[error(transparent)]
+    System(#[from] hmm_hal::SpaceError),
+}
+
+/// Not everything could be brought home. The engine goes on serving what is
+/// left, so that nothing is lost.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{left:?} could not be brought home ({reason}); the engine keeps serving them until the \
+     process ends"
+)]
+pub struct ShutdownError {
+    /// How many pages are still away.
+    pub left: PageCount,
+    /// What stood in the way.
+    pub reason: &'static str,
+}

@@ -1,0 +1,417 @@
+//! The engine with its threads, and the handle that a program holds.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use hmm_core::{Destination, Engine, StatsSnapshot};
+use hmm_hal::Device;
+use hmm_mem::Pages;
+use hmm_os::{EngineThread, EngineThreads, LinuxSpace, MonotonicClock};
+use hmm_sync::{Condvar, Mutex, Rank};
+use hmm_types::{ByteCount, DeviceId, MAX_DEVICES, PageCount, PageRange, PageResidency};
+
+use crate::builder::Builder;
+use crate::care::{self, Heartbeat};
+use crate::jobs::{Jobs, Outcome, Request};
+use crate::{
+    Error, Memory, Prefetch, Report, Residency, ShutdownError, SoftwareDevice, SoftwareOptions,
+};
+
+static CLOCK: MonotonicClock = MonotonicClock;
+
+/// Everything that lives as long as a fault could be in flight: for ever, in
+/// engine memory.
+pub(crate) struct Host {
+    pub(crate) threads: EngineThreads,
+    pub(crate) space: &'static LinuxSpace,
+    pub(crate) engine: Engine<'static>,
+    pub(crate) jobs: Jobs,
+    pub(crate) heartbeats: hmm_mem::Vec<Heartbeat>,
+    devices: [OnceLock<&'static dyn Device>; MAX_DEVICES],
+    stopping: AtomicBool,
+    /// Threads to join at the end; and what the watch sleeps on.
+    running: Mutex<hmm_mem::Vec<EngineThread>>,
+    naps: Mutex<()>,
+    wake: Condvar,
+    pid: u32,
+}
+
+impl std::fmt::Debug for Host {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Host")
+            .field("engine", &self.engine)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Host {
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn is_own_process(&self) -> bool {
+        self.pid == std::process::id()
+    }
+
+    pub(crate) fn has_devices(&self) -> bool {
+        self.devices[0].get().is_some()
+    }
+
+    /// Sleeps, unless the engine ends.
+    pub(crate) fn nap(&self, time: Duration) {
+        let guard = self.naps.lock();
+        if !self.is_stopping() {
+            drop(self.wake.wait_timeout(guard, time));
+        }
+    }
+
+    pub(crate) fn add_device(&self, device: &'static dyn Device) -> Result<DeviceId, Error> {
+        let id = self.engine.add_device(device)?;
+        let set = self.devices[id.index()].set(device);
+        assert!(set.is_ok(), "the engine gave a device id twice");
+        Ok(id)
+    }
+
+    pub(crate) fn remove_device(&'static self, device: DeviceId) -> Result<bool, Error> {
+        match self.ask(Request::RemoveDevice(device))? {
+            Outcome::Clean(clean) => Ok(clean),
+            Outcome::Report(_) => unreachable!("removing a device reports no pages"),
+        }
+    }
+
+    fn submit(&self, request: Request) -> Result<usize, Error> {
+        if !self.is_own_process() {
+            return Err(Error::Forked);
+        }
+        if hmm_os::is_engine_thread() {
+            return Err(Error::EngineThread);
+        }
+        self.jobs.submit(request)
+    }
+
+    /// Has a worker do it, and waits.
+    fn ask(&self, request: Request) -> Result<Outcome, Error> {
+        let number = self.submit(request)?;
+        Ok(self.jobs.wait(number))
+    }
+
+    /// Starts handlers, workers and the watch.
+    fn start_threads(&'static self, builder: &Builder) -> Result<(), Error> {
+        let cpus = hmm_os::allowed_cpus();
+        for number in 0..builder.handlers {
+            let bounce = care::bounce().ok_or(Error::EngineMemory)?;
+            let cpu = cpus.get(number % cpus.len().max(1)).copied();
+            let pin = cpu.filter(|_| builder.pin_handlers);
+            let name = format!("hmm-handler-{number}");
+            let body = move |bounce: Pages| care::handle(self, &bounce, &self.heartbeats[number]);
+            self.keep(self.threads.spawn(&name, pin, move || body(bounce))?);
+        }
+        for number in 0..builder.workers {
+            let bounce = care::bounce().ok_or(Error::EngineMemory)?;
+            let name = format!("hmm-worker-{number}");
+            let thread = self.threads.spawn(&name, None, move || care::work(self, &bounce))?;
+            self.keep(thread);
+        }
+        self.keep(self.threads.spawn("hmm-watch", None, move || care::watch(self))?);
+        Ok(())
+    }
+
+    fn keep(&self, thread: EngineThread) {
+        self.running.lock().push(thread);
+    }
+
+    /// Ends the engine's threads. Everything must be home.
+    fn stop_threads(&self) {
+        self.jobs.close();
+        {
+            let _naps = self.naps.lock();
+            self.stopping.store(true, Ordering::Release);
+        }
+        self.wake.notify_all();
+        self.threads.run_on_root(|| self.space.interrupt());
+        let mut running = hmm_mem::vec();
+        std::mem::swap(&mut running, &mut *self.running.lock());
+        for thread in running {
+            thread.join();
+        }
+        self.threads.run_on_root(|| self.space.close());
+        self.threads.end();
+    }
+}
+
+/// Heterogeneous memory management for this process.
+///
+/// Dropping it shuts the engine down as [`Hmm::shutdown`] does.
+#[derive(Debug)]
+pub struct Hmm {
+    host: Option<&'static Host>,
+}
+
+impl Hmm {
+    /// Opens an engine with default settings.
+    ///
+    /// # Errors
+    /// When the kernel or the user's privileges do not allow it; the message
+    /// says what to do. `hmm info` shows what a machine offers.
+    pub fn open() -> Result<Self, Error> {
+        Self::builder().open()
+    }
+
+    /// Settings to choose before opening.
+    #[must_use]
+    pub fn builder() -> Builder {
+        Builder::default()
+    }
+
+    pub(crate) fn start(builder: Builder) -> Result<Self, Error> {
+        let threads = EngineThreads::start()?;
+        let space = threads.run_on_root(|| LinuxSpace::open(builder.open_config()))?;
+        let space: &'static LinuxSpace = hmm_mem::leaked(space);
+        let mut heartbeats = hmm_mem::vec_with_capacity(builder.handlers);
+        heartbeats.extend((0..builder.handlers).map(|_| Heartbeat::new()));
+        let host: &'static Host = hmm_mem::leaked(Host {
+            threads,
+            space,
+            engine: Engine::new(space, &CLOCK, builder.settings),
+            jobs: Jobs::new(),
+            heartbeats,
+            devices: [const { OnceLock::new() }; MAX_DEVICES],
+            stopping: AtomicBool::new(false),
+            running: Mutex::new(Rank::Control, hmm_mem::vec()),
+            naps: Mutex::new(Rank::Queue, ()),
+            wake: Condvar::new(),
+            pid: std::process::id(),
+        });
+        if let Err(error) = host.start_threads(&builder) {
+            host.stop_threads();
+            return Err(error);
+        }
+        if !host.engine.capabilities().fork_events {
+            fork_guard::install(host);
+        }
+        Ok(Self { host: Some(host) })
+    }
+
+    fn host(&self) -> &'static Host {
+        match self.host {
+            Some(host) => host,
+            None => unreachable!("only shutting down takes the host away"),
+        }
+    }
+
+    /// Adds a software device: memory, page table and worker threads of its own.
+    ///
+    /// # Errors
+    /// [`Error::Software`], [`Error::AddDevice`]; then nothing changed.
+    pub fn add_software_device(&self, options: SoftwareOptions) -> Result<SoftwareDevice, Error> {
+        if !self.host().is_own_process() {
+            return Err(Error::Forked);
+        }
+        SoftwareDevice::open(self.host(), options)
+    }
+
+    /// Moves memory to a device, and waits until it is there. Each page moves
+    /// if it can; the report says which did not and why. If the device is full,
+    /// what it has not used for longest is evicted, never pages of this request.
+    ///
+    /// The bytes may be used by any thread meanwhile: a thread that touches a
+    /// page on its way waits for it and has it brought back.
+    ///
+    /// # Errors
+    /// [`Error`] when the request names no memory or no device. Then nothing
+    /// was changed.
+    pub fn migrate(&self, memory: impl Memory, device: DeviceId) -> Result<Report, Error> {
+        self.prefetch(memory, device).and_then(Self::judged)
+    }
+
+    /// The same without waiting: the migration runs by itself.
+    ///
+    /// # Errors
+    /// As [`Hmm::migrate`], and [`Error::QueueFull`].
+    pub fn prefetch(&self, memory: impl Memory, device: DeviceId) -> Result<Prefetch, Error> {
+        let range = memory.whole_pages()?;
+        self.known(device)?;
+        self.begin(range.map(|range| Request::Migrate(range, Destination::Device(device))))
+    }
+
+    /// Brings memory home to system memory, and waits until it is there.
+    ///
+    /// # Errors
+    /// As [`Hmm::migrate`].
+    pub fn evict(&self, memory: impl Memory) -> Result<Report, Error> {
+        let range = memory.whole_pages()?;
+        let prefetch =
+            self.begin(range.map(|range| Request::Migrate(range, Destination::System)))?;
+        Ok(prefetch.wait())
+    }
+
+    /// Takes pages from the CPU for a device without moving them to its memory,
+    /// so that the device's atomics on them are atomic. The next CPU touch of a
+    /// page takes it back.
+    ///
+    /// # Errors
+    /// As [`Hmm::migrate`].
+    pub fn exclusive(&self, memory: impl Memory, device: DeviceId) -> Result<Report, Error> {
+        let range = memory.whole_pages()?;
+        self.known(device)?;
+        self.begin(range.map(|range| Request::Exclusive(range, device)))
+            .and_then(Self::judged)
+    }
+
+    fn begin(&self, request: Option<Request>) -> Result<Prefetch, Error> {
+        let host = self.host();
+        let number = request.map(|request| host.submit(request)).transpose()?;
+        Ok(Prefetch::new(host, number))
+    }
+
+    /// A report, unless nothing of the request was there at all.
+    fn judged(prefetch: Prefetch) -> Result<Report, Error> {
+        let report = prefetch.wait();
+        match report.stayed[..] {
+            [only]
+                if only.reason == hmm_types::StayReason::NotMapped
+                    && only.range.pages() == report.total() =>
+            {
+                Err(Error::NotMapped { range: only.range })
+            }
+            _ => Ok(report),
+        }
+    }
+
+    fn known(&self, device: DeviceId) -> Result<(), Error> {
+        if self.host().engine.has_device(device) {
+            Ok(())
+        } else {
+            Err(Error::NoDevice { device })
+        }
+    }
+
+    /// Where the pages of some memory are now. Touches none of them.
+    ///
+    /// # Errors
+    /// When the request names no whole page.
+    pub fn residency(&self, memory: impl Memory) -> Result<Residency, Error> {
+        let Some(range) = memory.whole_pages()? else {
+            return Err(Error::Range(hmm_types::RangeError::Empty {
+                start: hmm_types::VirtAddr::new(0),
+            }));
+        };
+        // The heap of the program first: nothing of the engine is locked yet.
+        let mut pages: Vec<PageResidency> = Vec::with_capacity(range.pages().index());
+        pages.extend_from_slice(&self.host().engine.residency(range));
+        Ok(Residency::new(range, pages))
+    }
+
+    /// What happened so far, in numbers.
+    #[must_use]
+    pub fn statistics(&self) -> StatsSnapshot {
+        self.host().engine.statistics().snapshot()
+    }
+
+    /// Whether faults that the kernel takes inside of system calls are served:
+    /// false for ordinary users, whose read(2) into a page on a device fails
+    /// with EFAULT.
+    #[must_use]
+    pub fn serves_kernel_faults(&self) -> bool {
+        self.host().engine.capabilities().kernel_faults
+    }
+
+    /// Whether pages are moved (Linux 6.8) or copied.
+    #[must_use]
+    pub fn moves_pages(&self) -> bool {
+        self.host().engine.capabilities().move_pages
+    }
+
+    /// Bytes that the engine's own tables take: for registered memory, and for
+    /// the memory of devices.
+    #[must_use]
+    pub fn metadata(&self) -> (ByteCount, ByteCount) {
+        self.host().engine.metadata_bytes()
+    }
+
+    /// Staging pages that are held; none when nothing moves and nothing is
+    /// exclusive.
+    #[must_use]
+    pub fn staging_held(&self) -> PageCount {
+        self.host().engine.staging_held()
+    }
+
+    /// Pages of a range that the engine watches.
+    #[must_use]
+    pub fn watched(&self, range: PageRange) -> PageCount {
+        self.host().engine.registered_pages(range)
+    }
+
+    /// Ends the engine: everything comes home, its threads end, its
+    /// descriptors close. Devices cannot be used any more.
+    ///
+    /// # Errors
+    /// [`ShutdownError`] when something could not be brought home; the engine
+    /// then goes on serving it.
+    pub fn shutdown(mut self) -> Result<(), ShutdownError> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<(), ShutdownError> {
+        let Some(host) = self.host.take() else {
+            return Ok(());
+        };
+        // In a forked child the engine never ran; in one of its own threads it
+        // cannot wait for itself.
+        if !host.is_own_process() || hmm_os::is_engine_thread() {
+            return Ok(());
+        }
+        let clean = matches!(host.ask(Request::ShutDown), Ok(Outcome::Clean(true)));
+        if !clean {
+            return Err(ShutdownError {
+                left: host.engine.away_pages(),
+                reason: "a device did not give them back, or they were busy for too long",
+            });
+        }
+        fork_guard::remove(host);
+        host.stop_threads();
+        Ok(())
+    }
+}
+
+impl Drop for Hmm {
+    fn drop(&mut self) {
+        if let Err(error) = self.end() {
+            hmm_os::warn("hmm: at shutdown not everything came home; the engine keeps serving it");
+            drop(error);
+        }
+    }
+}
+
+/// Where the kernel does not report forks (ordinary users), a child would read
+/// zeros instead of pages that are away. So everything comes home before a
+/// fork, and nothing leaves until it is over.
+mod fork_guard {
+    use super::{Host, Outcome, Request};
+    use hmm_os::ForkHooks;
+
+    impl ForkHooks for Host {
+        fn before_fork(&self) {
+            if hmm_os::is_engine_thread() {
+                return;
+            }
+            let clean = matches!(self.ask(Request::Quiesce), Ok(Outcome::Clean(true)) | Err(_));
+            if !clean {
+                hmm_os::die("pages could not be brought home before a fork; the child would lose them");
+            }
+        }
+
+        fn after_fork_in_parent(&self) {
+            let _ = self.ask(Request::Resume);
+        }
+    }
+
+    pub(super) fn install(host: &'static Host) {
+        hmm_os::guard_forks(host);
+    }
+
+    pub(super) fn remove(host: &'static Host) {
+        hmm_os::unguard_forks(host);
+    }
+}
