@@ -185,7 +185,31 @@ impl<'env> Engine<'env> {
     pub fn shut_down(&self, executor: &mut Executor) -> bool {
         self.closing.store(true, Ordering::Release);
         let home = self.bring_all_home(executor, None);
-        home & self.drain_children(executor, u64::MAX)
+        let clean = home & self.drain_children(executor, u64::MAX);
+        if clean {
+            self.unwatch_all();
+        }
+        clean
+    }
+
+    /// Lets all registered memory go: from here on it is the program's alone.
+    fn unwatch_all(&self) {
+        let mut map = self.gate.write();
+        let mut watched: Option<PageRange> = None;
+        for piece in map.pieces() {
+            let range = piece.range();
+            watched = match watched {
+                Some(before) if before.end() == range.start() => {
+                    Some(PageRange::span(before.start(), range.end()))
+                }
+                before => {
+                    before.into_iter().for_each(|before| self.space.unregister(before));
+                    Some(range)
+                }
+            };
+        }
+        watched.into_iter().for_each(|last| self.space.unregister(last));
+        *map = SpaceMap::new();
     }
 
     /// Refuses new work from now on; [`Engine::shut_down`] does the rest.

@@ -100,7 +100,9 @@ impl<E: EngineUnderTest> World<E> {
             }
             Touch::Sigbus => {}
             Touch::Done if !allowed => {
-                scene.fail(format!("{space:?}: {action:?} at {address} must be a SIGSEGV"));
+                scene.fail(format!(
+                    "{space:?}: {action:?} at {address} must be a SIGSEGV"
+                ));
             }
             Touch::Done => {
                 scene.report.cpu_accesses += 1;
@@ -222,7 +224,10 @@ impl<E: EngineUnderTest> World<E> {
     /// MADV_DONTNEED, mapping by mapping: event, zap, next.
     fn discard(&self, space: SpaceId, piece: Option<Piece>, rest: Option<PageRange>) -> Task {
         if let Some(piece) = piece {
-            if piece.ticket.is_some_and(|ticket| self.space.is_unread(ticket)) {
+            if piece
+                .ticket
+                .is_some_and(|ticket| self.space.is_unread(ticket))
+            {
                 return Task::Discard(Some(piece), rest);
             }
             self.orphan_pins(piece.range, space);
@@ -254,7 +259,11 @@ impl<E: EngineUnderTest> World<E> {
             return Task::Touch(range, next, why);
         }
         let writable = scene.oracle.allows(space, page, Access::Write);
-        let access = if writable { Access::Write } else { Access::Read };
+        let access = if writable {
+            Access::Write
+        } else {
+            Access::Read
+        };
         match self.space.touch(space, thread, page, access, &mut |_| {}) {
             Touch::Stopped => {
                 scene.report.stops += 1;

@@ -115,9 +115,13 @@ impl SimSpace {
         let mut guard = self.state();
         let state = &mut *guard;
         let (vmas, _) = state.memories.get_mut(&space)?.remove(range);
-        let events = vmas.into_iter().filter(|vma| vma.registered).map(|vma| {
-            Event::Unmap { space, range: vma.range }
-        });
+        let events = vmas
+            .into_iter()
+            .filter(|vma| vma.registered)
+            .map(|vma| Event::Unmap {
+                space,
+                range: vma.range,
+            });
         state.queue.post(&mut state.rng, space, events)
     }
 
@@ -128,9 +132,13 @@ impl SimSpace {
         let state = &mut *guard;
         let (vmas, _) = state.own().remove(range);
         state.own().insert(Vma::anonymous(range));
-        let events = vmas.into_iter().filter(|vma| vma.registered).map(|vma| {
-            Event::Unmap { space, range: vma.range }
-        });
+        let events = vmas
+            .into_iter()
+            .filter(|vma| vma.registered)
+            .map(|vma| Event::Unmap {
+                space,
+                range: vma.range,
+            });
         state.queue.post(&mut state.rng, space, events)
     }
 
@@ -163,13 +171,20 @@ impl SimSpace {
                 let index = address.pages_since(kept.start());
                 own.pages.insert(to.start().plus_pages(index), page);
             }
-            events.push(Event::Remap { space, from: kept, to: to.start() });
+            events.push(Event::Remap {
+                space,
+                from: kept,
+                to: to.start(),
+            });
             if state.rng.one_in(UNMAP_AFTER_REMAP_ONCE_IN) {
                 events.push(Event::Unmap { space, range: kept });
             }
         } else if kept != to {
             let grown = PageRange::span(kept.end(), to.end());
-            own.insert(Vma { range: grown, ..vma });
+            own.insert(Vma {
+                range: grown,
+                ..vma
+            });
         }
         if !vma.registered {
             events.clear();
@@ -192,7 +207,9 @@ impl SimSpace {
             return None;
         }
         let part = vma.range.intersection(range)?;
-        let event = vma.registered.then_some(Event::Remove { space, range: part });
+        let event = vma
+            .registered
+            .then_some(Event::Remove { space, range: part });
         Some((part, state.queue.post(&mut state.rng, space, event)))
     }
 
@@ -252,7 +269,9 @@ impl SimSpace {
     ) -> bool {
         let mut state = self.state();
         let own = state.own();
-        let allowed = own.vma_at(page).is_some_and(|vma| vma.permissions.allow(access));
+        let allowed = own
+            .vma_at(page)
+            .is_some_and(|vma| vma.permissions.allow(access));
         let entry = own.pages.get_mut(&page);
         let Some(entry) = entry.filter(|entry| allowed && !entry.poisoned) else {
             return false;
@@ -269,7 +288,9 @@ impl SimSpace {
 
     /// Changes what a range allows. The kernel tells nobody.
     pub fn mprotect(&self, range: PageRange, permissions: Permissions) {
-        self.state().own().change(range, |vma| vma.permissions = permissions);
+        self.state()
+            .own()
+            .change(range, |vma| vma.permissions = permissions);
     }
 
     /// Locks a range (the caller then touches its pages) or unlocks it.
@@ -340,7 +361,12 @@ impl SimSpace {
     #[must_use]
     pub fn peek(&self, space: SpaceId, page: VirtAddr) -> Option<Payload> {
         let state = self.state();
-        state.memories.get(&space)?.pages.get(&page).map(|page| page.data)
+        state
+            .memories
+            .get(&space)?
+            .pages
+            .get(&page)
+            .map(|page| page.data)
     }
 
     /// What nobody has read yet, for a message about a hang.

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use hmm_hal::{Device, DeviceError, DeviceInfo, Fence, Transfer};
 use hmm_sync::{Mutex, MutexGuard, Rank};
-use hmm_types::{Access, ByteCount, FrameId, FrameRange, PAGE_SIZE, PageCount, PageRange, VirtAddr};
+use hmm_types::{
+    Access, ByteCount, FrameId, FrameRange, PAGE_SIZE, PageCount, PageRange, VirtAddr,
+};
 
 use crate::config::{Rates, SimConfig};
 use crate::frames::Frames;
@@ -230,7 +232,9 @@ impl DeviceState {
     /// Runs the jobs up to a fence.
     fn run(&mut self, space: &SimSpace, fence: Fence) {
         while self.queue.front().is_some_and(|job| job.fence <= fence) {
-            let Some(job) = self.queue.pop_front() else { return };
+            let Some(job) = self.queue.pop_front() else {
+                return;
+            };
             let mut ok = true;
             for &transfer in &job.transfers {
                 let once_in = self.rates.copy_fails;
@@ -257,7 +261,11 @@ impl DeviceState {
             }
             Transfer::ToHost { frames, host } => {
                 for (index, frame) in (0..).zip(frames.iter()) {
-                    let data = if scrambled { garbage } else { *self.frames.data(frame) };
+                    let data = if scrambled {
+                        garbage
+                    } else {
+                        *self.frames.data(frame)
+                    };
                     ok &= space.host_write(host.plus_pages(index), data);
                 }
                 self.counters.to_host += frames.pages();
@@ -302,7 +310,9 @@ impl Device for SimDevice {
                 | Transfer::ToHost { frames: used, .. }
                 | Transfer::Zero { frames: used }) = *transfer;
                 assert!(
-                    frames.iter().all(|frame| used.iter().all(|other| other != frame)),
+                    frames
+                        .iter()
+                        .all(|frame| used.iter().all(|other| other != frame)),
                     "{frames:?} are freed while {transfer:?} is under way"
                 );
             }
@@ -314,8 +324,7 @@ impl Device for SimDevice {
         self.state().frames.free_pages()
     }
 
-    fn map(&self, range: PageRange, frames: FrameRange, access: Access)
-    -> Result<(), DeviceError> {
+    fn map(&self, range: PageRange, frames: FrameRange, access: Access) -> Result<(), DeviceError> {
         assert!(
             range.pages() == frames.pages(),
             "{range} is mapped to {frames:?}"

@@ -83,7 +83,8 @@ impl<E: EngineUnderTest> World<E> {
                 scene.fail(format!("after shutdown: {message}"));
             }
         }
-        for space in self.scene().oracle.spaces() {
+        let spaces = self.scene().oracle.spaces();
+        for space in spaces {
             if self.space.is_watched(space) {
                 self.scene()
                     .fail(format!("after shutdown: {space:?} is still registered"));

@@ -162,18 +162,24 @@ impl Memory {
 
     /// Fills a hole with zeros; a whole block when `huge` and one fits.
     pub(crate) fn populate(&mut self, address: VirtAddr, huge: bool) {
-        let block = PageRange::from_pages(
-            address.block_floor(),
-            PageCount::from(PAGES_PER_BLOCK),
-        );
-        let fits = huge
-            && self.vma_at(address).is_some_and(|vma| {
+        let block = PageRange::from_pages(address.block_floor(), PageCount::from(PAGES_PER_BLOCK));
+        let fits =
+            huge && self.vma_at(address).is_some_and(|vma| {
                 vma.range.encloses(block) && vma.kind == MemoryKind::PrivateAnonymous
-            })
-            && self.pages.range(block.start()..block.end()).next().is_none();
+            }) && self
+                .pages
+                .range(block.start()..block.end())
+                .next()
+                .is_none();
         if fits {
             for page in block.iter_pages() {
-                self.pages.insert(page, Page { huge: true, ..Page::new(ZEROS) });
+                self.pages.insert(
+                    page,
+                    Page {
+                        huge: true,
+                        ..Page::new(ZEROS)
+                    },
+                );
             }
         } else {
             self.pages.insert(address.page_floor(), Page::new(ZEROS));

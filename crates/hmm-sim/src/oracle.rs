@@ -146,7 +146,9 @@ impl Oracle {
     }
 
     pub(crate) fn zero(&mut self, space: SpaceId, range: PageRange) {
-        let Some(pages) = self.spaces.get_mut(&space) else { return };
+        let Some(pages) = self.spaces.get_mut(&space) else {
+            return;
+        };
         for (_, page) in pages.range_mut(range.start()..range.end()) {
             if page.kind == MemoryKind::PrivateAnonymous {
                 page.allowed = vec![ZEROS];
@@ -198,7 +200,9 @@ impl Oracle {
     }
 
     fn also_allow(&mut self, space: SpaceId, range: PageRange, data: &Payload) {
-        let Some(pages) = self.spaces.get_mut(&space) else { return };
+        let Some(pages) = self.spaces.get_mut(&space) else {
+            return;
+        };
         for (_, page) in pages.range_mut(range.start()..range.end()) {
             if !page.allowed.is_empty() && !page.allowed.contains(data) {
                 page.allowed.push(*data);
@@ -277,7 +281,9 @@ impl Oracle {
         if by_device && space == SpaceId::OWN && !self.forking.is_empty() {
             let values = page.allowed.clone();
             let unknown = values.is_empty();
-            let Ok(range) = PageRange::page_of(page_address) else { return };
+            let Ok(range) = PageRange::page_of(page_address) else {
+                return;
+            };
             for child in self.forking.clone() {
                 for value in &values {
                     self.also_allow(child, range, value);
@@ -291,7 +297,10 @@ impl Oracle {
 
     /// What the page holds may be anything: the only copy was lost.
     pub(crate) fn forget_page(&mut self, space: SpaceId, page: VirtAddr) {
-        if let Some(expected) = self.spaces.get_mut(&space).and_then(|pages| pages.get_mut(&page))
+        if let Some(expected) = self
+            .spaces
+            .get_mut(&space)
+            .and_then(|pages| pages.get_mut(&page))
         {
             expected.allowed.clear();
         }

@@ -148,9 +148,7 @@ impl Chooser<'_> {
             27..28 => change(Op::Lock(range.slice(0, range.pages().get().min(16)))),
             28..30 => change(Op::Unlock(range)),
             // Without page moving, nobody can tell that a page is pinned.
-            30..32 if self.config.capabilities.move_pages => {
-                change(Op::Pin(range.slice(0, 1)))
-            }
+            30..32 if self.config.capabilities.move_pages => change(Op::Pin(range.slice(0, 1))),
             32..34 => Op::Dma((rng.bits() & 0xff) as u8),
             34..36 => Op::Unpin,
             36..38 if self.oracle.spaces().len() <= MAX_CHILDREN => Op::Fork,
@@ -194,10 +192,9 @@ impl Chooser<'_> {
             if pages >= PAGES_PER_BLOCK as u64 {
                 first -= first % PAGES_PER_BLOCK as u64;
             }
-            let range =
-                PageRange::from_pages(ARENA_START.plus_pages(first), PageCount::new(pages));
-            let free = self.oracle.is_free(range)
-                && self.oracle.flux(SpaceId::OWN, range).is_none();
+            let range = PageRange::from_pages(ARENA_START.plus_pages(first), PageCount::new(pages));
+            let free =
+                self.oracle.is_free(range) && self.oracle.flux(SpaceId::OWN, range).is_none();
             free.then_some(range)
         })
     }
@@ -229,7 +226,10 @@ impl Chooser<'_> {
             return Some(PageRange::from_pages(page.block_floor(), block));
         }
         let most = if rng.one_in(3) { 64 } else { 12 };
-        Some(PageRange::from_pages(page, PageCount::new(rng.between(1, most))))
+        Some(PageRange::from_pages(
+            page,
+            PageCount::new(rng.between(1, most)),
+        ))
     }
 
     fn page(&self, rng: &mut SimRng, space: SpaceId) -> Option<VirtAddr> {
@@ -239,7 +239,11 @@ impl Chooser<'_> {
         let from = ARENA_START.plus_pages(rng.below(ARENA_PAGES));
         let (&page, _) = pages.range(from..).next().or_else(|| pages.iter().next())?;
         let ahead = page.plus_pages(rng.below(8));
-        Some(if pages.contains_key(&ahead) { ahead } else { page })
+        Some(if pages.contains_key(&ahead) {
+            ahead
+        } else {
+            page
+        })
     }
 
     fn access(&self, rng: &mut SimRng, space: SpaceId, device: bool) -> Op {
@@ -258,7 +262,11 @@ impl Chooser<'_> {
             Action::Add(_) => 8 * rng.below(words),
         };
         // Now and then an address just behind a mapping.
-        let page = if rng.one_in(60) { page.plus_pages(1) } else { page };
+        let page = if rng.one_in(60) {
+            page.plus_pages(1)
+        } else {
+            page
+        };
         debug_assert!(offset < PAGE_SIZE, "an access lies in one page");
         Op::Access(VirtAddr::new(page.get() + offset), action)
     }

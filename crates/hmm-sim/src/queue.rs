@@ -70,9 +70,9 @@ impl EventQueue {
 
     /// Whether resolving calls on a space say "again" (`mmap_changing`).
     pub(crate) fn changing(&self, space: SpaceId) -> bool {
-        self.events.iter().any(|waiting| {
-            waiting.space == space && !matches!(waiting.event, Event::Exit { .. })
-        })
+        self.events
+            .iter()
+            .any(|waiting| waiting.space == space && !matches!(waiting.event, Event::Exit { .. }))
     }
 
     /// A thread stops at a page.
@@ -136,9 +136,19 @@ impl EventQueue {
             .iter()
             .any(|waiting| matches!(waiting.event, Event::Fork { .. }));
         if forking {
-            faults.extend(self.events.iter().take_while(ready).map(|waiting| Ok(waiting.ticket)));
+            faults.extend(
+                self.events
+                    .iter()
+                    .take_while(ready)
+                    .map(|waiting| Ok(waiting.ticket)),
+            );
         } else {
-            faults.extend(self.events.iter().filter(ready).map(|waiting| Ok(waiting.ticket)));
+            faults.extend(
+                self.events
+                    .iter()
+                    .filter(ready)
+                    .map(|waiting| Ok(waiting.ticket)),
+            );
             if rng.one_in(2) {
                 rng.shuffle(&mut faults);
             }

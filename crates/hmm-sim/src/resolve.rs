@@ -70,8 +70,8 @@ impl State {
                 break;
             }
         }
-        if let Some(done) = (progress.done > PageCount::ZERO)
-            .then(|| PageRange::from_pages(to, progress.done))
+        if let Some(done) =
+            (progress.done > PageCount::ZERO).then(|| PageRange::from_pages(to, progress.done))
         {
             self.queue.wake(SpaceId::OWN, done);
         }
@@ -114,7 +114,10 @@ impl State {
         }
         let whole = |range: PageRange, page: VirtAddr| {
             let block = page.block_floor();
-            range.encloses(PageRange::from_pages(block, PageCount::from(PAGES_PER_BLOCK)))
+            range.encloses(PageRange::from_pages(
+                block,
+                PageCount::from(PAGES_PER_BLOCK),
+            ))
         };
         let huge = entry.huge
             && whole(from, page)
@@ -136,12 +139,7 @@ impl State {
     }
 
     /// Places copies, zeros or poison.
-    pub(crate) fn fill_pages(
-        &mut self,
-        space: SpaceId,
-        with: Filling,
-        to: PageRange,
-    ) -> Progress {
+    pub(crate) fn fill_pages(&mut self, space: SpaceId, with: Filling, to: PageRange) -> Progress {
         if !self.memories.contains_key(&space) {
             return stopped(0, Stop::Gone);
         }

@@ -250,11 +250,7 @@ impl AddressSpace for SimSpace {
         self.shared.staging
     }
 
-    fn mappings(
-        &self,
-        range: PageRange,
-        visit: &mut dyn FnMut(Mapping),
-    ) -> Result<(), SpaceError> {
+    fn mappings(&self, range: PageRange, visit: &mut dyn FnMut(Mapping)) -> Result<(), SpaceError> {
         let vmas: Vec<_> = self.state().own().overlapping(range).collect();
         for vma in vmas {
             visit(Mapping {
@@ -409,7 +405,10 @@ impl AddressSpace for SimSpace {
     fn discard(&self, range: PageRange) -> Result<(), SpaceError> {
         let parts: Vec<_> = self.state().own().overlapping(range).collect();
         for vma in parts {
-            let refuses = |errno| SpaceError { operation: "madvise(MADV_DONTNEED)", errno };
+            let refuses = |errno| SpaceError {
+                operation: "madvise(MADV_DONTNEED)",
+                errno,
+            };
             if vma.locked {
                 return Err(refuses(EINVAL));
             }
@@ -418,7 +417,14 @@ impl AddressSpace for SimSpace {
                     let mut state = self.state();
                     let State { queue, rng, .. } = &mut *state;
                     let space = SpaceId::OWN;
-                    queue.post(rng, space, [Event::Remove { space, range: vma.range }])
+                    queue.post(
+                        rng,
+                        space,
+                        [Event::Remove {
+                            space,
+                            range: vma.range,
+                        }],
+                    )
                 };
                 self.wait_until(HookPoint::WaitForEvent, |state| {
                     ticket.is_none_or(|ticket| !state.queue.is_unread(ticket))
@@ -463,7 +469,10 @@ impl AddressSpace for SimSpace {
             return false;
         }
         for page in slot.iter_pages() {
-            let fresh = Page { huge, ..Page::new(ZEROS) };
+            let fresh = Page {
+                huge,
+                ..Page::new(ZEROS)
+            };
             let old = state.own().pages.insert(page, fresh);
             assert!(old.is_none(), "staging page {page} is there already");
         }

@@ -315,7 +315,11 @@ impl<E: EngineUnderTest> World<E> {
             let mut scene = self.scene();
             // Loops that wait run others only when they are not nested: else
             // one that hangs would take for ever to say so.
-            let deepest = if point.needs_reader() { 1 } else { self.config.nesting };
+            let deepest = if point.needs_reader() {
+                1
+            } else {
+                self.config.nesting
+            };
             if scene.failure.is_some() || depth > deepest.min(self.config.nesting) {
                 0
             } else if scene.rng.one_in(self.config.interleave) {

@@ -4,9 +4,7 @@ use hmm_hal::{AddressSpace, Device, DeviceError, Event, EventBatch, SpaceId, Sto
 use hmm_sim::{
     ARENA_START, MapRequest, Rates, SIM_PAGE_BYTES, SimConfig, SimDevice, SimSpace, Touch,
 };
-use hmm_types::{
-    Access, MemoryKind, PAGES_PER_BLOCK, PageCount, PageRange, Permissions, VirtAddr,
-};
+use hmm_types::{Access, MemoryKind, PAGES_PER_BLOCK, PageCount, PageRange, Permissions, VirtAddr};
 
 fn config() -> SimConfig {
     let mut config = SimConfig::from_seed(1, 1);
@@ -37,7 +35,9 @@ fn space() -> SimSpace {
 }
 
 fn write(space: &SimSpace, page: VirtAddr, value: u8) -> Touch {
-    space.touch(SpaceId::OWN, 1, page, Access::Write, &mut |data| data.fill(value))
+    space.touch(SpaceId::OWN, 1, page, Access::Write, &mut |data| {
+        data.fill(value)
+    })
 }
 
 fn read_all(space: &SimSpace) -> Vec<Event> {
@@ -64,7 +64,10 @@ fn a_page_moves_out_and_back_and_wakes_who_waits() {
     let from = PageRange::from_pages(staging(&space), PageCount::new(2));
     let back = space.move_pages(from, pages(3, 1).start());
     assert_eq!((back.done, back.stop), (PageCount::new(2), None));
-    assert_eq!(space.peek(SpaceId::OWN, pages(4, 1).start()), Some([5; SIM_PAGE_BYTES]));
+    assert_eq!(
+        space.peek(SpaceId::OWN, pages(4, 1).start()),
+        Some([5; SIM_PAGE_BYTES])
+    );
     assert_eq!(write(&space, pages(3, 1).start(), 9), Touch::Done);
 }
 
@@ -74,10 +77,19 @@ fn an_unread_event_stops_moves_home_but_not_moves_out() {
     let ticket = space.munmap(SpaceId::OWN, pages(8, 1)).unwrap();
     assert_eq!(space.move_pages(pages(0, 1), staging(&space)).stop, None);
     let from = PageRange::from_pages(staging(&space), PageCount::ONE);
-    assert_eq!(space.move_pages(from, pages(0, 1).start()).stop, Some(Stop::Again));
-    assert_eq!(space.zero_pages(SpaceId::OWN, pages(0, 1)).stop, Some(Stop::Again));
+    assert_eq!(
+        space.move_pages(from, pages(0, 1).start()).stop,
+        Some(Stop::Again)
+    );
+    assert_eq!(
+        space.zero_pages(SpaceId::OWN, pages(0, 1)).stop,
+        Some(Stop::Again)
+    );
     assert!(space.is_unread(ticket));
-    let unmap = Event::Unmap { space: SpaceId::OWN, range: pages(8, 1) };
+    let unmap = Event::Unmap {
+        space: SpaceId::OWN,
+        range: pages(8, 1),
+    };
     assert_eq!(read_all(&space), [unmap]);
     assert_eq!(space.move_pages(from, pages(0, 1).start()).stop, None);
 }
@@ -88,18 +100,33 @@ fn what_may_not_move_is_refused() {
     let to = staging(&space);
     let pin = space.pin(pages(1, 1).start()).unwrap();
     let progress = space.move_pages(pages(0, 4), to);
-    assert_eq!((progress.done, progress.stop), (PageCount::ONE, Some(Stop::Busy)));
+    assert_eq!(
+        (progress.done, progress.stop),
+        (PageCount::ONE, Some(Stop::Busy))
+    );
     space.unpin(pin);
     assert_eq!(space.move_pages(pages(1, 1), to).stop, Some(Stop::Exists));
-    space.mprotect(pages(2, 1), Permissions { write: false, ..Permissions::READ_WRITE });
+    space.mprotect(
+        pages(2, 1),
+        Permissions {
+            write: false,
+            ..Permissions::READ_WRITE
+        },
+    );
     assert_eq!(
         space.move_pages(pages(2, 1), to.plus_pages(2)).stop,
         Some(Stop::Incompatible)
     );
     let (child, _) = space.fork();
-    assert_eq!(space.move_pages(pages(5, 1), to.plus_pages(5)).stop, Some(Stop::Busy));
+    assert_eq!(
+        space.move_pages(pages(5, 1), to.plus_pages(5)).stop,
+        Some(Stop::Busy)
+    );
     space.exit(child);
-    assert_eq!(space.move_pages(pages(5, 1), to.plus_pages(5)).stop, Some(Stop::Busy));
+    assert_eq!(
+        space.move_pages(pages(5, 1), to.plus_pages(5)).stop,
+        Some(Stop::Busy)
+    );
     space.unshare(pages(5, 1)).unwrap();
     assert_eq!(space.move_pages(pages(5, 1), to.plus_pages(5)).stop, None);
 }
@@ -111,16 +138,25 @@ fn a_child_has_what_was_there_and_stops_at_holes() {
     let (child, ticket) = space.fork();
     assert!(ticket.is_some());
     assert_eq!(write(&space, pages(0, 1).start(), 99), Touch::Done);
-    assert_eq!(space.peek(child, pages(0, 1).start()), Some([1; SIM_PAGE_BYTES]));
+    assert_eq!(
+        space.peek(child, pages(0, 1).start()),
+        Some([1; SIM_PAGE_BYTES])
+    );
     let hole = pages(7, 1);
     let touch = space.touch(child, 2, hole.start(), Access::Read, &mut |_| {});
     assert_eq!(touch, Touch::Stopped);
     read_all(&space);
     assert_eq!(space.copy_pages(child, staging(&space), hole).stop, None);
     assert_eq!(space.peek(child, hole.start()), Some([8; SIM_PAGE_BYTES]));
-    assert_eq!(space.copy_pages(child, staging(&space), hole).stop, Some(Stop::Exists));
+    assert_eq!(
+        space.copy_pages(child, staging(&space), hole).stop,
+        Some(Stop::Exists)
+    );
     space.exit(child);
-    assert_eq!(space.copy_pages(child, staging(&space), hole).stop, Some(Stop::Gone));
+    assert_eq!(
+        space.copy_pages(child, staging(&space), hole).stop,
+        Some(Stop::Gone)
+    );
 }
 
 #[test]
@@ -129,7 +165,11 @@ fn protected_and_poisoned_pages_stop_their_users() {
     config.poison = true;
     let space = SimSpace::new(&config);
     let page = pages(0, 1);
-    space.mmap(MapRequest { range: page, kind: MemoryKind::PrivateAnonymous, foreign: false });
+    space.mmap(MapRequest {
+        range: page,
+        kind: MemoryKind::PrivateAnonymous,
+        foreign: false,
+    });
     assert_eq!(write(&space, page.start(), 1), Touch::Done);
     space.register(page).unwrap();
     assert_eq!(space.write_protect(page, true).stop, None);
@@ -147,11 +187,17 @@ fn a_whole_huge_page_stays_huge() {
     let slot = space.staging().small.slice(0, PAGES_PER_BLOCK as u64);
     assert!(space.provision(slot));
     let range = pages(0, PAGES_PER_BLOCK as u64);
-    space.mmap(MapRequest { range, kind: MemoryKind::PrivateAnonymous, foreign: false });
+    space.mmap(MapRequest {
+        range,
+        kind: MemoryKind::PrivateAnonymous,
+        foreign: false,
+    });
     space.register(range).unwrap();
     assert_eq!(space.move_pages(slot, range.start()).stop, None);
     let mut spans = Vec::new();
-    space.presence(range, &mut |span, presence| spans.push((span, presence))).unwrap();
+    space
+        .presence(range, &mut |span, presence| spans.push((span, presence)))
+        .unwrap();
     assert_eq!(spans.len(), 1);
 }
 
@@ -161,19 +207,32 @@ fn a_device_copies_through_its_frames() {
     let device = SimDevice::new(&config(), 0, &space);
     let frames = device.allocate(PageCount::ONE).unwrap();
     let host = pages(2, 1).start();
-    let fence = device.submit(&[Transfer::ToDevice { host, frames }]).unwrap();
+    let fence = device
+        .submit(&[Transfer::ToDevice { host, frames }])
+        .unwrap();
     device.wait(fence).unwrap();
     device.map(pages(2, 1), frames, Access::Read).unwrap();
     let mut seen = 0;
     assert!(device.touch(host, Access::Read, &mut |data| seen = data[0]));
     assert_eq!(seen, 3);
-    assert!(!device.touch(host, Access::Write, &mut |_| {}), "mapped for reading");
+    assert!(
+        !device.touch(host, Access::Write, &mut |_| {}),
+        "mapped for reading"
+    );
     device.map(pages(2, 1), frames, Access::Write).unwrap();
     assert!(device.touch(host, Access::Write, &mut |data| data[0] = 77));
     let bounce = space.bounce(0).start();
-    let fence = device.submit(&[Transfer::ToHost { frames, host: bounce }]).unwrap();
+    let fence = device
+        .submit(&[Transfer::ToHost {
+            frames,
+            host: bounce,
+        }])
+        .unwrap();
     device.wait(fence).unwrap();
-    assert_eq!(space.peek(SpaceId::OWN, bounce).map(|data| data[0]), Some(77));
+    assert_eq!(
+        space.peek(SpaceId::OWN, bounce).map(|data| data[0]),
+        Some(77)
+    );
     assert!(device.check_empty().is_err());
     device.unmap(pages(2, 1));
     device.free(frames);

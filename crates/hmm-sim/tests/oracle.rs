@@ -2,7 +2,9 @@
 //! that are not.
 
 use hmm_hal::{AddressSpace, Device, DeviceFaultError, Resolution, Transfer};
-use hmm_sim::{EngineUnderTest, Request, SimClock, SimConfig, SimDevice, SimSpace, SystemOnly, run};
+use hmm_sim::{
+    EngineUnderTest, Request, SimClock, SimConfig, SimDevice, SimSpace, SystemOnly, run,
+};
 use hmm_types::{Access, DeviceId, PageCount, PageRange, VirtAddr};
 
 const OPS: u64 = 300;
@@ -12,7 +14,11 @@ fn an_engine_that_migrates_nothing_is_right() {
     for seed in 0..300 {
         let config = SimConfig::from_seed(seed, OPS);
         if let Err(failure) = run::<SystemOnly>(&config) {
-            panic!("seed {seed}: {}\n{}", failure.message, failure.log.join("\n"));
+            panic!(
+                "seed {seed}: {}\n{}",
+                failure.message,
+                failure.log.join("\n")
+            );
         }
     }
 }
@@ -123,7 +129,9 @@ fn stale_device_mappings_are_noticed() {
         fn migrate(space: &SimSpace, device: &SimDevice, range: PageRange) {
             let page = range.slice(0, 1);
             let present = space.peek(hmm_hal::SpaceId::OWN, page.start()).is_some();
-            let Ok(frames) = device.allocate(PageCount::ONE) else { return };
+            let Ok(frames) = device.allocate(PageCount::ONE) else {
+                return;
+            };
             let host = page.start();
             let copied = present
                 && device

@@ -76,7 +76,10 @@ impl SoftwareDevice {
             Ok(id)
         });
         match added {
-            Ok(id) => Ok(Self { host, device, id }),
+            Ok(id) => {
+                host.keep_software(device);
+                Ok(Self { host, device, id })
+            }
             Err(error) => {
                 Self::close(device);
                 Err(error)
@@ -84,7 +87,7 @@ impl SoftwareDevice {
         }
     }
 
-    fn close(device: &SoftDevice) {
+    pub(crate) fn close(device: &SoftDevice) {
         // The ranges first: closing gives the addresses to whoever maps next.
         device.for_each_own_range(hmm_os::include);
         device.close();

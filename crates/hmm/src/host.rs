@@ -8,6 +8,7 @@ use hmm_core::{Destination, Engine, StatsSnapshot};
 use hmm_hal::Device;
 use hmm_mem::Pages;
 use hmm_os::{EngineThread, EngineThreads, LinuxSpace, MonotonicClock};
+use hmm_soft::SoftDevice;
 use hmm_sync::{Condvar, Mutex, Rank};
 use hmm_types::{ByteCount, DeviceId, MAX_DEVICES, PageCount, PageRange, PageResidency};
 
@@ -29,6 +30,8 @@ pub(crate) struct Host {
     pub(crate) jobs: Jobs,
     pub(crate) heartbeats: hmm_mem::Vec<Heartbeat>,
     devices: [OnceLock<&'static dyn Device>; MAX_DEVICES],
+    /// To be closed at the end: their workers are engine threads.
+    software: Mutex<hmm_mem::Vec<&'static SoftDevice>>,
     stopping: AtomicBool,
     /// Threads to join at the end; and what the watch sleeps on.
     running: Mutex<hmm_mem::Vec<EngineThread>>,
@@ -117,6 +120,10 @@ impl Host {
         Ok(())
     }
 
+    pub(crate) fn keep_software(&self, device: &'static SoftDevice) {
+        self.software.lock().push(device);
+    }
+
     fn keep(&self, thread: EngineThread) {
         self.running.lock().push(thread);
     }
@@ -129,6 +136,11 @@ impl Host {
             self.stopping.store(true, Ordering::Release);
         }
         self.wake.notify_all();
+        let mut software = hmm_mem::vec();
+        std::mem::swap(&mut software, &mut *self.software.lock());
+        for device in software {
+            SoftwareDevice::close(device);
+        }
         self.threads.run_on_root(|| self.space.interrupt());
         let mut running = hmm_mem::vec();
         std::mem::swap(&mut running, &mut *self.running.lock());
@@ -177,6 +189,7 @@ impl Hmm {
             jobs: Jobs::new(),
             heartbeats,
             devices: [const { OnceLock::new() }; MAX_DEVICES],
+            software: Mutex::new(Rank::Control, hmm_mem::vec()),
             stopping: AtomicBool::new(false),
             running: Mutex::new(Rank::Control, hmm_mem::vec()),
             naps: Mutex::new(Rank::Queue, ()),
