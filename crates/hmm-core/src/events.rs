@@ -95,6 +95,7 @@ impl Engine<'_> {
     fn unmap(&self, map: &mut SpaceMap, range: PageRange) {
         let taken = map.remove(range, |map, piece| {
             let mut inner = map.block(piece.block).lock();
+            self.wake_parked(&inner, piece);
             self.drop_pages(&mut inner, piece, PageState::System);
         });
         map.release_blocks(&taken);
@@ -109,6 +110,7 @@ impl Engine<'_> {
         }
         let taken = map.remove(from, |map, piece| {
             let mut inner = map.block(piece.block).lock();
+            self.wake_parked(&inner, piece);
             self.invalidate(&mut inner, piece.range());
         });
         map.insert_moved(&taken, from.start(), to);
@@ -121,6 +123,16 @@ impl Engine<'_> {
         for piece in map.overlapping(range) {
             let mut inner = map.block(piece.block).lock();
             self.drop_pages(&mut inner, piece, PageState::Discarded);
+        }
+    }
+
+    /// Threads that wait at addresses which are going: nobody would find them
+    /// when the flight ends. They look again, at what is there now.
+    fn wake_parked(&self, inner: &BlockInner, piece: Piece) {
+        let parked = (piece.first..piece.first + piece.pages)
+            .any(|index| inner.entry(index).parked());
+        if parked {
+            self.space.wake(SpaceId::OWN, piece.range());
         }
     }
 
