@@ -7,12 +7,16 @@ use hmm_types::{
     Access, DeviceId, FrameRange, PageCount, PageRange, StayReason, USER_END, VirtAddr,
 };
 
-use crate::engine::Engine;
+use crate::engine::{AGAIN_LIMIT, Engine};
 use crate::executor::Executor;
 use crate::page::PageState;
 use crate::readahead::Plan;
 use crate::report::MigrationReport;
 use crate::upload::Target;
+
+/// Stretches of system memory that a device maps in place at a time; with more
+/// it starts over.
+const MAX_IN_PLACE: usize = 1 << 14;
 
 /// What the page's state says about the fault.
 enum Found {
@@ -158,20 +162,82 @@ impl Engine<'_> {
             return None;
         }
         let map = self.gate.read();
-        if let Some(piece) = map.find(page.start()) {
-            let mut inner = map.block(piece.block).lock();
-            if inner.state(piece.first).is_away() || inner.state(piece.first).in_flight() {
-                return Some(Resolution::Retry);
+        let resting = match map.find(page.start()) {
+            None => true,
+            Some(piece) => {
+                let mut inner = map.block(piece.block).lock();
+                let state = inner.state(piece.first);
+                inner.in_place |= 1 << target.device.index();
+                !state.is_away() && !state.in_flight()
             }
-            inner.in_place |= 1 << target.device.index();
-            slot.device
-                .map_host(page, page.start(), target.access)
-                .ok()?;
-        } else {
-            slot.device
-                .map_host(page, page.start(), target.access)
-                .ok()?;
+        };
+        if !resting {
+            return Some(Resolution::Retry);
+        }
+        let mut in_place = slot.in_place.lock();
+        if in_place.len() == MAX_IN_PLACE {
+            in_place.drain(..).for_each(|range| slot.device.unmap(range));
+        }
+        slot.device
+            .map_host(page, page.start(), target.access)
+            .ok()?;
+        match in_place.last_mut() {
+            Some(last) if last.end() == page.start() => {
+                *last = PageRange::span(last.start(), page.end());
+            }
+            _ => in_place.push(page),
         }
         Some(Resolution::Mapped)
+    }
+
+    /// A command begins on a device: it must see what the program did to its
+    /// mappings before. Changes that are under way are waited for; memory used
+    /// in place, and pages whose protection was changed meanwhile, are looked
+    /// up anew when they are touched.
+    pub fn command_begins(&self, device: DeviceId) {
+        let Some(slot) = self.devices.get(device) else {
+            return;
+        };
+        for _ in 0..AGAIN_LIMIT {
+            if self.space.is_quiet() {
+                break;
+            }
+            self.space.relax();
+        }
+        {
+            let mut in_place = slot.in_place.lock();
+            for range in in_place.drain(..) {
+                slot.device.unmap(range);
+            }
+        }
+        let mut from = VirtAddr::new(hmm_types::PAGE_SIZE);
+        while let Some(range) = self.next_with_pages_away(from) {
+            from = range.end();
+            for mapping in self.mappings_of(range).iter().flatten() {
+                if !(mapping.permissions.read && mapping.permissions.write) {
+                    slot.device.unmap(mapping.range);
+                }
+            }
+        }
+    }
+
+    /// The next stretch of registered memory, from `from` on, whose blocks have
+    /// pages away.
+    fn next_with_pages_away(&self, from: VirtAddr) -> Option<PageRange> {
+        let map = self.gate.read();
+        let everything = PageRange::span(from, VirtAddr::new(USER_END));
+        let mut stretch: Option<PageRange> = None;
+        for piece in map.overlapping(everything) {
+            let away = map.block(piece.block).lock().away() > 0;
+            let range = piece.range();
+            stretch = match stretch {
+                Some(so_far) if so_far.end() == range.start() && away => {
+                    Some(PageRange::span(so_far.start(), range.end()))
+                }
+                Some(so_far) => return Some(so_far),
+                None => away.then_some(range),
+            };
+        }
+        stretch
     }
 }

@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use hmm_hal::Device;
 use hmm_mem::Vec;
-use hmm_types::{DeviceId, FrameId, FrameRange, MAX_DEVICES};
+use hmm_sync::{Mutex, Rank};
+use hmm_types::{DeviceId, FrameId, FrameRange, MAX_DEVICES, PageRange};
 
 /// One device. Slots are filled once and never emptied, so the fault path can
 /// read them without a lock; a removed device keeps its slot, retired.
@@ -13,6 +14,8 @@ pub(crate) struct DeviceSlot<'env> {
     pub(crate) device: &'env dyn Device,
     /// No new pages go there.
     retired: AtomicBool,
+    /// System memory that it maps in place; not all of it is registered.
+    pub(crate) in_place: Mutex<Vec<PageRange>>,
     /// For each frame how many forked children share it with its page.
     shares: Vec<AtomicU8>,
 }
@@ -80,6 +83,7 @@ impl<'env> Devices<'env> {
         let filled = self.slots[index].set(DeviceSlot {
             device,
             retired: AtomicBool::new(false),
+            in_place: Mutex::new(Rank::InPlace, hmm_mem::vec()),
             shares,
         });
         assert!(filled.is_ok(), "two threads add devices at once");

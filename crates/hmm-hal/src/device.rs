@@ -179,6 +179,12 @@ pub trait FaultHandler: Sync {
         access: Access,
     ) -> Result<Resolution, DeviceFaultError>;
 
+    /// A command begins: called on each of the device's threads that works on
+    /// it, without locks, before its first access. When it returns, changes of
+    /// mappings and of protections that the program made before it gave the
+    /// command are seen by the device.
+    fn command_begins(&self, _device: DeviceId) {}
+
     /// Waits, for a bounded time, until some transition has ended.
     fn wait_for_progress(&self);
 }

@@ -216,6 +216,10 @@ pub trait AddressSpace: Sync {
     /// changed the address space go on when their event has been read.
     fn read_events(&self, batch: &mut EventBatch);
 
+    /// Whether every change of the own space's mappings that has begun was also
+    /// read as an event.
+    fn is_quiet(&self) -> bool;
+
     /// Lets a child space go: all of its pages are its own now.
     fn release(&self, space: SpaceId);
 

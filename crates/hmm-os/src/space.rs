@@ -449,6 +449,13 @@ impl AddressSpace for LinuxSpace {
         self.parts().children.release(space);
     }
 
+    fn is_quiet(&self) -> bool {
+        // Lifts a protection that staging never has: the kernel refuses, but
+        // first it says whether an event is under way.
+        let probe = self.parts().staging.layout().small.slice(0, 1);
+        self.parts().uffd.write_protect(probe, false).stop != Some(Stop::Again)
+    }
+
     fn relax(&self) {
         // Yielding lets the reader in when it shares the CPU; sleeping, when
         // something else is to run first.

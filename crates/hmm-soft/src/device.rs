@@ -128,6 +128,13 @@ impl SoftDevice {
             .map_err(|_| SoftError::AlreadyAttached)
     }
 
+    /// Lets the engine know that a command begins on the calling worker.
+    pub(crate) fn command_begins(&self) {
+        if let Some(&(id, engine)) = self.engine.get() {
+            engine.command_begins(id);
+        }
+    }
+
     /// Runs `kernel` for each index below `groups`, on all workers, and waits
     /// until that is done.
     ///

@@ -27,6 +27,7 @@ pub(crate) fn main(device: &'static SoftDevice, worker: usize) {
     let board = device.board();
     board.started();
     while let Some(job) = board.claim() {
+        device.command_begins();
         let running = device.shootdown().run();
         // SAFETY: whoever launched waits until each claim is finished.
         unsafe { job.drive(&context, board) };

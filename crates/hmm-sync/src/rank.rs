@@ -28,24 +28,28 @@ pub enum Rank {
     Staging = 4,
     /// Notifiers of mirrored ranges.
     Notifiers = 5,
+    /// Which system memory a device maps in place. Held while such a mapping is
+    /// entered or taken away.
+    InPlace = 6,
     /// A device's own: frames, page table directory, queues.
-    Device = 6,
+    Device = 7,
     /// What an operating-system back end needs for itself.
-    System = 7,
+    System = 8,
     /// Queues between engine threads, the condition to wait for them, and the
     /// read-ahead streams.
-    Queue = 8,
+    Queue = 9,
 }
 
 impl Rank {
     /// All ranks in order.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Control,
         Self::Gate,
         Self::Block,
         Self::Children,
         Self::Staging,
         Self::Notifiers,
+        Self::InPlace,
         Self::Device,
         Self::System,
         Self::Queue,

@@ -227,6 +227,10 @@ impl FaultHandler for Faults {
         })
     }
 
+    fn command_begins(&self, device: DeviceId) {
+        self.0.engine.command_begins(device);
+    }
+
     fn wait_for_progress(&self) {
         self.0.engine.wait_for_transition();
     }
