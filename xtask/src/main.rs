@@ -1,1 +1,112 @@
-fn main(){}
+//! `cargo xtask`: the project's own commands.
+#![forbid(unsafe_code)]
+
+mod counts;
+mod docs;
+mod ordinary_user;
+mod packages;
+mod process;
+mod steps;
+mod summary;
+mod tables;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::process::Invocation;
+use crate::steps::{Step, TestOptions};
+use crate::workspace::Workspace;
+
+/// Seeds of the simulator in a run of the tests.
+const TEST_SEEDS: u64 = 10_000;
+
+const EXAMPLES: &str = "\
+Examples:
+  cargo xtask test                     the whole check; what CI runs
+  cargo xtask test --only nextest      one step of it (--only may be repeated)
+  cargo xtask test --sim-seeds 200     the same with a short simulation
+  cargo xtask docs                     are the documents in step with the code?
+  cargo xtask sim --seeds 100000       a long simulation
+  cargo xtask sim -- --seed 4711       replay one seed
+  cargo xtask bench -- fault_4k_p50    one row of the benchmark
+
+Tests need no set-up and no network beyond what cargo fetches. They use
+cargo-nextest where it is installed, which kills hung tests, and else cargo
+test. Some test more as root: fork events and faults inside of system calls.
+As root, the library's tests also run as an ordinary user.";
+
+/// Set-up, tests and benchmarks of the project.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", after_help = EXAMPLES)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Runs the whole check; the first failure ends it.
+    ///
+    /// The last lines of the output are a table of the steps and the number of
+    /// tests.
+    Test {
+        /// Seeds that the simulator runs.
+        #[arg(long, value_name = "N", default_value_t = TEST_SEEDS)]
+        sim_seeds: u64,
+        /// Runs just this step; may be repeated.
+        #[arg(long, value_name = "STEP")]
+        only: Vec<Step>,
+    },
+    /// Checks the documents against the code: locks, page states, limits, links.
+    Docs,
+    /// Runs the simulator: random programs against a byte-array oracle.
+    Sim {
+        /// Seeds to run.
+        #[arg(long, value_name = "N")]
+        seeds: Option<u64>,
+        /// Passed on to the simulator; see `cargo xtask sim -- --help`.
+        #[arg(last = true)]
+        rest: Vec<String>,
+    },
+    /// Runs `hmm bench` in release mode: every row with its floor and target.
+    Bench {
+        /// Passed on: names of rows, `--json`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        rest: Vec<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    let workspace = Workspace::find();
+    let done = match Arguments::parse().command {
+        Command::Test { sim_seeds, only } => {
+            return steps::test(&workspace, &TestOptions { sim_seeds, only });
+        }
+        Command::Docs => docs::check(&workspace).map(|checked| println!("{checked}")),
+        Command::Sim { seeds, rest } => {
+            let seeds = seeds.map(|seeds| format!("--seeds={seeds}"));
+            workspace
+                .cargo(["run", "--release", "-p", "hmm-sim", "--"])
+                .args(seeds)
+                .args(rest)
+                .run()
+        }
+        Command::Bench { rest } => bench(&workspace, rest),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn bench(workspace: &Workspace, rest: Vec<String>) -> anyhow::Result<()> {
+    let hmm: Invocation = workspace.cargo([
+        "run", "--release", "-p", "hmm-cli", "--bin", "hmm", "--", "bench",
+    ]);
+    hmm.args(rest).run()
+}

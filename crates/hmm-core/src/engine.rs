@@ -83,6 +83,8 @@ pub struct Engine<'env> {
     pub(crate) devices: Devices<'env>,
     pub(crate) children: Mutex<Children>,
     pub(crate) notifiers: Mutex<Notifiers>,
+    /// Some thread is about to read events: no need for another.
+    pub(crate) reading: AtomicBool,
     pub(crate) cpu_readahead: Readahead,
     pub(crate) device_readahead: Readahead,
     pub(crate) stats: Statistics,
@@ -124,6 +126,7 @@ impl<'env> Engine<'env> {
             devices: Devices::new(),
             children: Mutex::new(Rank::Children, Children::new()),
             notifiers: Mutex::new(Rank::Notifiers, Notifiers::new()),
+            reading: AtomicBool::new(false),
             cpu_readahead: Readahead::new(settings.fault_granule.get(), settings.readahead),
             device_readahead: Readahead::new(settings.device_granule.get(), settings.readahead),
             stats: Statistics::new(),
@@ -245,6 +248,10 @@ impl<'env> Engine<'env> {
     pub fn wait_for_transition(&self) {
         const PATIENCE: Duration = Duration::from_micros(500);
         hmm_sync::assert_none_held();
+        if !self.space.may_sleep() {
+            self.space.relax();
+            return;
+        }
         self.waiters.fetch_add(1, Ordering::SeqCst);
         let progress = self.progress.lock();
         drop(self.progressed.wait_timeout(progress, PATIENCE));

@@ -6,9 +6,10 @@
 //! has already returned from. While an event is unread, every commit of a page
 //! fails with "again", so what was read is all that happened.
 
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use hmm_hal::{Event, SpaceId};
+use hmm_sync::WriteGuard;
 use hmm_types::{PageRange, VirtAddr};
 
 use crate::engine::Engine;
@@ -24,9 +25,14 @@ impl Engine<'_> {
         if !executor.has_room() {
             return 0;
         }
-        let mut map = self.gate.write();
+        // Every handler wakes for every fault; the one that comes first reads.
+        if self.reading.swap(true, Acquire) {
+            return 0;
+        }
+        let mut map = self.gate_for_reading();
         executor.batch.clear();
         self.space.read_events(&mut executor.batch);
+        self.reading.store(false, Release);
         let count = executor.batch.len();
         if count == 0 {
             return 0;
@@ -59,6 +65,19 @@ impl Engine<'_> {
         batch.clear();
         executor.batch = batch;
         count
+    }
+
+    /// The gate for writing. Those who hold it do so for a few microseconds:
+    /// less than it takes to sleep and be woken, so it is worth a few looks.
+    fn gate_for_reading(&self) -> WriteGuard<'_, SpaceMap> {
+        const LOOKS: u32 = 200;
+        for _ in 0..LOOKS {
+            if let Some(map) = self.gate.try_write() {
+                return map;
+            }
+            std::hint::spin_loop();
+        }
+        self.gate.write()
     }
 
     pub(crate) fn apply(&self, map: &mut SpaceMap, event: Event) {
@@ -169,7 +188,10 @@ impl Engine<'_> {
                 | PageState::Dropped
                 | PageState::Uploading { .. }
                 | PageState::Downloading { .. }
-                | PageState::Transferring { .. } => inner.doom(index),
+                | PageState::Transferring { .. } => {
+                    self.stats.doomed_pages.fetch_add(1, Relaxed);
+                    inner.doom(index);
+                }
             }
         }
         inner.tidy();

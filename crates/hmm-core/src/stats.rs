@@ -132,6 +132,8 @@ statistics! {
     exclusive_pages,
     /// Pages evicted to make room on a device.
     evicted_pages,
+    /// Pages that the program removed while they were on their way.
+    doomed_pages,
     /// Structural events applied.
     structural_events,
     /// Times an operation waited for an event to be read first.

@@ -226,4 +226,11 @@ pub trait AddressSpace: Sync {
     /// Called without locks by whoever met [`Stop::Again`] and cannot read the
     /// event itself: lets others run.
     fn relax(&self);
+
+    /// Whether a thread that waits may sleep until another one wakes it. A
+    /// simulator has but one thread: there, who waits calls
+    /// [`AddressSpace::relax`] instead.
+    fn may_sleep(&self) -> bool {
+        true
+    }
 }

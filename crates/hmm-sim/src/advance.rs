@@ -147,6 +147,7 @@ impl<E: EngineUnderTest> World<E> {
                     true
                 }
                 Err(DeviceFaultError::DeviceLost) => self.devices[index].is_lost(),
+                Err(DeviceFaultError::ShuttingDown) if scene.fork_guard => return task,
                 Err(_) => false,
             };
             if !right {

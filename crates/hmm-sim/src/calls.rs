@@ -369,6 +369,19 @@ impl SimSpace {
             .map(|page| page.data)
     }
 
+    /// Whether a page's data may be on a device: a hole, or copied there and
+    /// about to be dropped here.
+    #[must_use]
+    pub fn may_be_away(&self, space: SpaceId, page: VirtAddr) -> bool {
+        let state = self.state();
+        state.memories.get(&space).is_some_and(|memory| {
+            memory
+                .pages
+                .get(&page)
+                .is_none_or(|page| page.write_protected)
+        })
+    }
+
     /// What nobody has read yet, for a message about a hang.
     #[must_use]
     pub fn describe_waits(&self) -> String {

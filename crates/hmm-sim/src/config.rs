@@ -1,6 +1,8 @@
 //! What a run looks like: all of it follows from the seed.
 
+use hmm_core::Settings;
 use hmm_hal::Capabilities;
+use hmm_types::PageCount;
 
 use crate::rng::SimRng;
 
@@ -61,6 +63,8 @@ pub struct SimConfig {
     pub lose_devices: bool,
     /// Whether requests may name ranges that another thread is remapping.
     pub racy_requests: bool,
+    /// What the engine is opened with.
+    pub settings: Settings,
 }
 
 impl SimConfig {
@@ -77,6 +81,7 @@ impl SimConfig {
                 0
             }
         };
+        let poison = !rng.one_in(4);
         Self {
             seed,
             ops,
@@ -86,7 +91,7 @@ impl SimConfig {
                 kernel_faults: true,
                 write_protect: !move_pages || !rng.one_in(8),
             },
-            poison: !rng.one_in(4),
+            poison,
             threads: u32::try_from(rng.between(1, 3)).unwrap_or(1),
             devices: 1 + rng.index(2),
             frames: u32::try_from(if rng.one_in(3) {
@@ -111,8 +116,16 @@ impl SimConfig {
             nesting: u32::try_from(rng.below(4)).unwrap_or(0),
             interleave: rng.between(1, 4),
             fork_flags: false,
-            lose_devices: faulty && rng.one_in(4),
+            // Without poison the engine has to end the process.
+            lose_devices: faulty && poison && rng.one_in(4),
             racy_requests: false,
+            settings: Settings {
+                fault_granule: PageCount::new(1 << rng.below(6)),
+                device_granule: PageCount::new(1 << rng.below(8)),
+                readahead: rng.one_in(2),
+                staging_limit: PageCount::new(rng.below(1024)).bytes(),
+                copy_at_most: PageCount::new(rng.below(9)),
+            },
         }
     }
 }

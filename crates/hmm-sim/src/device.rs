@@ -17,6 +17,9 @@ use crate::page::{Payload, SIM_PAGE_BYTES, ZEROS};
 use crate::rng::SimRng;
 use crate::space::SimSpace;
 
+/// Reading a frame fails at most so often in a row.
+const MAX_MISREADS: u32 = 2;
+
 #[derive(Clone, Copy, Debug)]
 enum Target {
     Frame(FrameId),
@@ -63,6 +66,8 @@ struct DeviceState {
     /// nesting at which they were made: whoever waits at that depth made them.
     failed: Vec<(Fence, u32)>,
     lost: bool,
+    /// How often in a row reading a frame has failed.
+    misread: BTreeMap<FrameId, u32>,
     counters: DeviceCounters,
 }
 
@@ -99,6 +104,7 @@ impl SimDevice {
                     next_fence: 1,
                     failed: Vec::new(),
                     lost: false,
+                    misread: BTreeMap::new(),
                     counters: DeviceCounters::default(),
                 },
             )),
@@ -155,6 +161,11 @@ impl SimDevice {
     #[must_use]
     pub fn counters(&self) -> DeviceCounters {
         self.state().counters
+    }
+
+    /// Nothing goes wrong any more by chance.
+    pub(crate) fn calm(&self) {
+        self.state().rates = Rates::default();
     }
 
     /// Forgets everything: the run is over, but somebody may keep a handle.
@@ -238,11 +249,40 @@ impl DeviceState {
             let mut ok = true;
             for &transfer in &job.transfers {
                 let once_in = self.rates.copy_fails;
-                let scrambled = self.rng.one_in(once_in);
+                let scrambled = self.rng.one_in(once_in) && self.may_fail(transfer);
                 ok &= self.transfer(space, transfer, scrambled);
             }
+            self.note_reads(&job.transfers, ok);
             if !ok {
                 self.failed.push((job.fence, job.depth));
+            }
+        }
+    }
+
+    /// Reading a frame fails a few times, but not for ever: else data would be
+    /// lost, and nobody to blame.
+    fn may_fail(&self, transfer: Transfer) -> bool {
+        let Transfer::ToHost { frames, .. } = transfer else {
+            return true;
+        };
+        frames.iter().all(|frame| {
+            self.misread
+                .get(&frame)
+                .is_none_or(|&times| times < MAX_MISREADS)
+        })
+    }
+
+    fn note_reads(&mut self, transfers: &[Transfer], ok: bool) {
+        for transfer in transfers {
+            let Transfer::ToHost { frames, .. } = transfer else {
+                continue;
+            };
+            for frame in frames.iter() {
+                if ok {
+                    self.misread.remove(&frame);
+                } else {
+                    *self.misread.entry(frame).or_default() += 1;
+                }
             }
         }
     }
@@ -364,7 +404,8 @@ impl Device for SimDevice {
             return Err(DeviceError::Lost);
         }
         let once_in = state.rates.submit_fails;
-        if state.rng.one_in(once_in) {
+        if state.rng.one_in(once_in) && transfers.iter().all(|&it| state.may_fail(it)) {
+            state.note_reads(transfers, false);
             return Err(DeviceError::CopyFailed);
         }
         let fence = Fence(state.next_fence);

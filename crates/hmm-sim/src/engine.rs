@@ -9,6 +9,7 @@ use hmm_hal::{
 use hmm_types::{Access, DeviceId, MemoryKind, PageRange, Permissions, VirtAddr};
 
 use crate::clock::SimClock;
+use crate::config::SimConfig;
 use crate::device::SimDevice;
 use crate::space::SimSpace;
 
@@ -29,7 +30,7 @@ pub enum Request {
 /// nested: while one call waits in a hook, others are made.
 pub trait EngineUnderTest: Send + Sync + Sized + 'static {
     /// An engine for these. Device number n has index n.
-    fn new(space: SimSpace, devices: Vec<SimDevice>, clock: SimClock) -> Self;
+    fn new(config: &SimConfig, space: SimSpace, devices: Vec<SimDevice>, clock: SimClock) -> Self;
 
     /// The reader's turn: reads the events that are there and applies the
     /// structural ones. Must not wait for anything.
@@ -38,6 +39,10 @@ pub trait EngineUnderTest: Send + Sync + Sized + 'static {
     /// A worker's turn: serves a fault, drains a child, and so on. Says
     /// whether there was anything to do.
     fn work(&self) -> bool;
+
+    /// A kernel begins on a device: it must see what the program has done to
+    /// its mappings before.
+    fn command_begins(&self, _device: DeviceId) {}
 
     /// A kernel of a device needs a page.
     ///
@@ -67,8 +72,14 @@ pub trait EngineUnderTest: Send + Sync + Sized + 'static {
 
     /// Brings everything home, hands children their pages, lets all devices go.
     /// Hooks go on calling [`EngineUnderTest::read`] and
-    /// [`EngineUnderTest::work`] meanwhile.
-    fn shutdown(&self);
+    /// [`EngineUnderTest::work`] meanwhile. False when something had to be left
+    /// on a device that is lost.
+    fn shutdown(&self) -> bool;
+
+    /// What the engine has counted, by name.
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
 }
 
 /// An engine that migrates nothing: holes are filled with zeros, devices use
@@ -111,7 +122,12 @@ fn page_of(address: VirtAddr) -> PageRange {
 }
 
 impl EngineUnderTest for SystemOnly {
-    fn new(space: SimSpace, devices: Vec<SimDevice>, _clock: SimClock) -> Self {
+    fn new(
+        _config: &SimConfig,
+        space: SimSpace,
+        devices: Vec<SimDevice>,
+        _clock: SimClock,
+    ) -> Self {
         Self {
             space,
             devices,
@@ -211,7 +227,7 @@ impl EngineUnderTest for SystemOnly {
         }
     }
 
-    fn shutdown(&self) {
+    fn shutdown(&self) -> bool {
         for device in &self.devices {
             device.unmap(PageRange::span(
                 VirtAddr::new(hmm_types::PAGE_SIZE),
@@ -228,5 +244,6 @@ impl EngineUnderTest for SystemOnly {
             crate::space::ARENA_START,
             crate::space::ARENA_END,
         ));
+        true
     }
 }

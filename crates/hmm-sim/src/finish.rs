@@ -5,6 +5,7 @@ use hmm_hal::SpaceId;
 use hmm_types::VirtAddr;
 
 use crate::actor::{Kind, Task};
+use crate::device::SimDevice;
 use crate::engine::EngineUnderTest;
 use crate::page::{SIM_PAGE_BYTES, ZEROS};
 use crate::program::Action;
@@ -25,9 +26,16 @@ impl<E: EngineUnderTest> World<E> {
         if self.scene().rng.one_in(2) {
             self.sweep();
         }
-        self.engine().shutdown();
+        // What goes wrong now and then does not go wrong for ever.
+        self.space.calm();
+        self.devices.iter().for_each(SimDevice::calm);
+        let clean = self.engine().shutdown();
+        if !clean && !self.devices.iter().any(SimDevice::is_lost) {
+            self.scene()
+                .fail("the engine leaves something on a device that works".to_owned());
+        }
         self.drain();
-        self.look();
+        self.look(clean);
         for (index, device) in self.devices.iter().enumerate() {
             if let (false, Err(message)) = (device.is_lost(), device.check_empty()) {
                 self.scene().fail(format!("device {index}: {message}"));
@@ -75,7 +83,7 @@ impl<E: EngineUnderTest> World<E> {
     }
 
     /// Looks at every page without touching it.
-    fn look(&self) {
+    fn look(&self, clean: bool) {
         for (space, page, _) in self.pages() {
             let data = self.space.peek(space, page).unwrap_or(ZEROS);
             let mut scene = self.scene();
@@ -85,7 +93,7 @@ impl<E: EngineUnderTest> World<E> {
         }
         let spaces = self.scene().oracle.spaces();
         for space in spaces {
-            if self.space.is_watched(space) {
+            if clean && self.space.is_watched(space) {
                 self.scene()
                     .fail(format!("after shutdown: {space:?} is still registered"));
             }

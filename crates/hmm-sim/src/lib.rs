@@ -20,7 +20,7 @@
 //! | `frames`, `device` | a device |
 //! | `oracle` | what must be seen |
 //! | `program` | operations, and how they are chosen |
-//! | `engine` | what is tested |
+//! | `engine`, `core_engine` | what is tested: the rules, and `hmm-core` |
 //! | `world`, `actor`, `start`, `advance`, `finish` | one run |
 //!
 //! Not modelled: swap, file contents, memory that processes share, threads of
@@ -34,6 +34,7 @@ mod advance;
 mod calls;
 mod clock;
 mod config;
+mod core_engine;
 mod device;
 mod engine;
 mod finish;
@@ -53,6 +54,7 @@ mod world;
 pub use calls::{ForkAdvice, MapRequest, Refused, Touch};
 pub use clock::SimClock;
 pub use config::{Rates, SimConfig};
+pub use core_engine::CoreEngine;
 pub use device::{DeviceCounters, SimDevice};
 pub use engine::{EngineUnderTest, Request, SystemOnly};
 pub use hook::{Hook, HookPoint};

@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use hmm_sim::{Failure, Report, SimConfig, SystemOnly, run};
+use hmm_sim::{Failure, Report, SimConfig, CoreEngine, run};
 
 /// Lines of the log that a failure shows without --verbose.
 const LOG_TAIL_LINES: usize = 60;
@@ -41,7 +41,7 @@ fn main() -> ExitCode {
     let mut total = Report::default();
     for seed in (first..).take(usize::try_from(count).unwrap_or(usize::MAX)) {
         let config = SimConfig::from_seed(seed, arguments.ops);
-        match run::<SystemOnly>(&config) {
+        match run::<CoreEngine>(&config) {
             Ok(report) => {
                 if arguments.verbose {
                     println!("seed {seed}: {config:?}\n  {report:?}");

@@ -53,13 +53,12 @@ impl State {
     }
 
     pub(crate) fn move_pages(&mut self, from: PageRange, to: VirtAddr) -> Progress {
-        let into_staging = SimSpace::is_engine_memory(to);
         assert!(
-            into_staging != SimSpace::is_engine_memory(from.start()),
+            SimSpace::is_engine_memory(to) != SimSpace::is_engine_memory(from.start()),
             "one side of a move is staging memory"
         );
-        // The context of staging memory never waits for the program's events.
-        if !into_staging && self.again(SpaceId::OWN) {
+        // Staging and the program share one context: both ways have to wait.
+        if self.again(SpaceId::OWN) {
             return stopped(0, Stop::Again);
         }
         let target = PageRange::from_pages(to, from.pages());

@@ -127,6 +127,11 @@ impl SimSpace {
         self.shared.hook.install(hook);
     }
 
+    /// Nothing goes wrong any more by chance.
+    pub(crate) fn calm(&self) {
+        self.state().rates = Rates::default();
+    }
+
     /// Forgets everything: the run is over, but somebody may keep a handle.
     pub(crate) fn dismantle(&self) {
         self.state().memories.clear();
@@ -498,7 +503,15 @@ impl AddressSpace for SimSpace {
         }
     }
 
+    fn is_quiet(&self) -> bool {
+        !self.state().queue.changing(SpaceId::OWN)
+    }
+
     fn relax(&self) {
         self.hook(HookPoint::Relax);
+    }
+
+    fn may_sleep(&self) -> bool {
+        false
     }
 }

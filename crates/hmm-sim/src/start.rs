@@ -19,7 +19,14 @@ impl<E: EngineUnderTest> World<E> {
         };
         match op {
             Op::Idle => Task::Idle,
-            Op::Access(address, action) => Task::Access(address, action),
+            Op::Access(address, action) => {
+                if let Kind::Device(index) = kind {
+                    self.engine().command_begins(DeviceId::new(index));
+                    let mut scene = self.scene();
+                    scene.begun[index] = scene.epoch;
+                }
+                Task::Access(address, action)
+            }
             Op::Map(request) => {
                 self.space.mmap(request);
                 let mut scene = self.scene();
@@ -142,6 +149,11 @@ impl<E: EngineUnderTest> World<E> {
     fn fork(&self) -> Task {
         let reported = self.config.capabilities.fork_events;
         if !reported {
+            // Waits for what is in flight: not where that is further up.
+            if self.space.depth() > 0 {
+                return Task::Idle;
+            }
+            self.scene().fork_guard = true;
             self.engine().before_fork();
         }
         let (child, ticket) = self.space.fork();
@@ -152,6 +164,7 @@ impl<E: EngineUnderTest> World<E> {
         }
         if !reported {
             self.engine().after_fork();
+            self.scene().fork_guard = false;
         }
         match ticket {
             Some(ticket) => Task::Wait(ticket, Then::Fork(child)),
@@ -190,7 +203,7 @@ impl<E: EngineUnderTest> World<E> {
                 .space(space)
                 .into_iter()
                 .flat_map(|pages| pages.keys().copied())
-                .filter(|&page| self.space.peek(space, page).is_none())
+                .filter(|&page| self.space.may_be_away(space, page))
                 .collect();
             for page in holes {
                 scene.oracle.forget_page(space, page);

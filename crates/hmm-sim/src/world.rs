@@ -1,5 +1,6 @@
 //! One run: everything that takes part, and whose turn it is.
 
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
@@ -25,7 +26,7 @@ const MAX_DRAIN_STEPS: u32 = 50_000;
 const CHECK_STEPS: u64 = 16;
 
 /// What a run did; all from the seed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
     /// Turns taken.
     pub steps: u64,
@@ -51,6 +52,8 @@ pub struct Report {
     pub to_host: PageCount,
     /// Accesses of kernels to frames; the others went to system memory.
     pub frame_accesses: u64,
+    /// What the engine has counted.
+    pub engine: BTreeMap<&'static str, u64>,
 }
 
 impl Report {
@@ -68,6 +71,9 @@ impl Report {
         self.to_device += other.to_device;
         self.to_host += other.to_host;
         self.frame_accesses += other.frame_accesses;
+        for (name, count) in &other.engine {
+            *self.engine.entry(name).or_default() += count;
+        }
     }
 }
 
@@ -104,6 +110,10 @@ pub(crate) struct Scene {
     pub epoch: u64,
     /// Nobody starts anything new.
     pub closing: bool,
+    /// A fork that the kernel does not report is going on.
+    pub fork_guard: bool,
+    /// For each device the epoch in which its kernel began.
+    pub begun: Vec<u64>,
     log: Vec<String>,
     failure: Option<String>,
 }
@@ -155,7 +165,7 @@ pub fn run<E: EngineUnderTest>(config: &SimConfig) -> Result<Report, Box<Failure
         scene.fail(format!("panic: {text}"));
     }
     let result = match scene.failure.take() {
-        None => Ok(scene.report),
+        None => Ok(std::mem::take(&mut scene.report)),
         Some(message) => Err(Box::new(Failure {
             seed: config.seed,
             message,
@@ -205,6 +215,8 @@ impl<E: EngineUnderTest> World<E> {
                 next_thread: config.threads + 1,
                 epoch: 0,
                 closing: false,
+                fork_guard: false,
+                begun: vec![0; config.devices],
                 log: Vec::new(),
                 failure: None,
             }),
@@ -227,7 +239,12 @@ impl<E: EngineUnderTest> World<E> {
     }
 
     fn play(&self) {
-        let engine = E::new(self.space.clone(), self.devices.clone(), self.clock.clone());
+        let engine = E::new(
+            &self.config,
+            self.space.clone(),
+            self.devices.clone(),
+            self.clock.clone(),
+        );
         self.engine.get_or_init(|| engine);
         while !self.failed() && self.scene().report.ops < self.config.ops {
             self.step();
@@ -247,6 +264,7 @@ impl<E: EngineUnderTest> World<E> {
             scene.report.to_host += counters.to_host;
             scene.report.frame_accesses += counters.frame_accesses;
         }
+        scene.report.engine = self.engine().counters().into_iter().collect();
     }
 
     /// One turn: of the reader, of a worker, or of an actor.

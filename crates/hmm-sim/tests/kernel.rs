@@ -72,10 +72,15 @@ fn a_page_moves_out_and_back_and_wakes_who_waits() {
 }
 
 #[test]
-fn an_unread_event_stops_moves_home_but_not_moves_out() {
+fn an_unread_event_stops_moves_both_ways() {
     let space = space();
-    let ticket = space.munmap(SpaceId::OWN, pages(8, 1)).unwrap();
     assert_eq!(space.move_pages(pages(0, 1), staging(&space)).stop, None);
+    let ticket = space.munmap(SpaceId::OWN, pages(8, 1)).unwrap();
+    assert_eq!(
+        space.move_pages(pages(1, 1), staging(&space)).stop,
+        Some(Stop::Again)
+    );
+    assert!(!space.is_quiet());
     let from = PageRange::from_pages(staging(&space), PageCount::ONE);
     assert_eq!(
         space.move_pages(from, pages(0, 1).start()).stop,
@@ -91,6 +96,7 @@ fn an_unread_event_stops_moves_home_but_not_moves_out() {
         range: pages(8, 1),
     };
     assert_eq!(read_all(&space), [unmap]);
+    assert!(space.is_quiet());
     assert_eq!(space.move_pages(from, pages(0, 1).start()).stop, None);
 }
 

@@ -39,8 +39,8 @@ trait Fault: Send + Sync + 'static {
     /// Whether it ever serves faults.
     const WORKS: bool = true;
     fn migrate(_space: &SimSpace, _device: &SimDevice, _range: PageRange) {}
-    fn shut_down(engine: &SystemOnly) {
-        engine.shutdown();
+    fn shut_down(engine: &SystemOnly) -> bool {
+        engine.shutdown()
     }
 }
 
@@ -52,9 +52,14 @@ struct Broken<F> {
 }
 
 impl<F: Fault> EngineUnderTest for Broken<F> {
-    fn new(space: SimSpace, devices: Vec<SimDevice>, clock: SimClock) -> Self {
+    fn new(
+        config: &SimConfig,
+        space: SimSpace,
+        devices: Vec<SimDevice>,
+        clock: SimClock,
+    ) -> Self {
         Self {
-            good: SystemOnly::new(space.clone(), devices.clone(), clock),
+            good: SystemOnly::new(config, space.clone(), devices.clone(), clock),
             space,
             devices,
             fault: std::marker::PhantomData,
@@ -85,8 +90,8 @@ impl<F: Fault> EngineUnderTest for Broken<F> {
         }
     }
 
-    fn shutdown(&self) {
-        F::shut_down(&self.good);
+    fn shutdown(&self) -> bool {
+        F::shut_down(&self.good)
     }
 }
 
@@ -163,7 +168,9 @@ fn leaked_frames_are_noticed() {
 fn ranges_left_registered_are_noticed() {
     struct Stays;
     impl Fault for Stays {
-        fn shut_down(_: &SystemOnly) {}
+        fn shut_down(_: &SystemOnly) -> bool {
+            true
+        }
     }
     let message = complaint::<Stays>();
     assert!(message.contains("still"), "{message}");

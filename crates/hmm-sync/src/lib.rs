@@ -117,6 +117,21 @@ impl<T> RwLock<T> {
         }
     }
 
+    /// The lock, if nobody holds it at this moment.
+    ///
+    /// # Panics
+    /// As [`Mutex::lock`].
+    pub fn try_write(&self) -> Option<WriteGuard<'_, T>> {
+        let held = Held::acquire(self.rank);
+        match self.inner.try_write() {
+            Ok(inner) => Some(WriteGuard { inner, held }),
+            Err(imp::TryLockError::WouldBlock) => None,
+            Err(imp::TryLockError::Poisoned(_)) => {
+                panic!("lock {:?}: a thread panicked while it held it", self.rank)
+            }
+        }
+    }
+
     /// Waits until nobody holds the lock.
     ///
     /// # Panics

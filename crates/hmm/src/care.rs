@@ -59,7 +59,7 @@ pub(crate) fn handle(host: &'static Host, bounce: &Pages, heartbeat: &Heartbeat)
             Wakeup::Interrupted | Wakeup::TimedOut => {}
         }
         heartbeat.beat();
-        while host.engine.pump(&mut executor) > 0 {
+        if host.engine.pump(&mut executor) > 0 {
             host.engine.serve(&mut executor);
         }
         heartbeat.beat();

@@ -85,3 +85,18 @@ pub use hmm_types::{
     Access, ByteCount, DeviceId, PAGE_SIZE, PageCount, PageRange, PageResidency, RangeError,
     StayReason, VirtAddr,
 };
+
+/// Engine memory in use: everything that the engine and its software devices
+/// keep about memory, in bytes, rounded up to the sizes in which it is handed
+/// out. The engine's own memory never migrates and is not the program's heap.
+///
+/// ```
+/// let hmm = hmm::Hmm::open()?;
+/// assert!(hmm::engine_memory_bytes() > 0);
+/// # hmm.shutdown()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[must_use]
+pub fn engine_memory_bytes() -> u64 {
+    hmm_mem::in_use_bytes()
+}

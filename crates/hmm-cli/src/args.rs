@@ -1,0 +1,104 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::builder::PossibleValuesParser;
+use clap::{Args, Parser, Subcommand};
+
+use crate::bench::ROWS;
+
+/// Heterogeneous memory management in user space: any pointer of a process is
+/// valid on any of its devices, and pages move by themselves.
+#[derive(Debug, Parser)]
+#[command(
+    name = "hmm",
+    version,
+    after_help = "Examples:
+  hmm info                     what this machine offers, and what to do about the rest
+  hmm demo                     index this program's own executable on a software device
+  hmm demo book.txt            the same with a file of yours
+  hmm bench --list             what can be measured
+  hmm bench fault_4k_p50       one row of it
+
+`hmm COMMAND --help` tells more about each."
+)]
+pub struct Arguments {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show what this machine offers, and what to do about what is missing
+    Info(InfoOptions),
+    /// Have a device walk and change a pointer-rich index of a real file
+    Demo(DemoOptions),
+    /// Measure the engine against memcpy and the barest userfaultfd handler
+    Bench(BenchOptions),
+}
+
+/// `hmm info`
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  hmm info
+  hmm info --json | jq '.findings[] | select(.ok | not)'
+
+Exit status: 0 when the engine can be opened, whatever else is missing; 1 when not.")]
+pub struct InfoOptions {
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `hmm demo`
+#[derive(Debug, Args)]
+#[command(after_help = "What happens:
+  The file is cut into pieces. Each different piece becomes a node in ordinary heap
+  memory: a Box with its text and its positions in Vecs, and pointers to other nodes.
+  Kernels on a software device get the raw pointers, walk the lists and change the
+  nodes, while a CPU thread looks up and changes nodes as well. Then everything is
+  compared, byte for byte, with what the CPU computes alone.
+
+Examples:
+  hmm demo
+  hmm demo /bin/bash
+  hmm demo book.txt --device-memory 4      too little: watch the device evict
+  hmm demo --json | jq .pages_to_device
+
+Exit status: 0 when every byte is right; 1 when not, or on an error.")]
+pub struct DemoOptions {
+    /// The file to index, at most 1 GiB [default: this program's own executable]
+    pub file: Option<PathBuf>,
+    /// Memory of the software device, in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 256,
+          value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    pub device_memory: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `hmm bench`
+#[derive(Debug, Args)]
+#[command(after_help = "Each row is measured several times, and in between what it is compared with (the
+floor); medians are shown. A ratio is value / floor, in such a way that the target can
+be read: at most for latencies, at least for rates. Benchmarks are no tests: a missed
+target shows, but the exit status stays 0. Needs 2 GiB of memory that is free.
+
+Examples:
+  hmm bench
+  hmm bench to_device_256m to_system_256m
+  hmm bench --json | jq -c 'select(.ok | not)'")]
+pub struct BenchOptions {
+    /// Rows to measure [default: all]
+    #[arg(value_name = "NAME", value_parser = PossibleValuesParser::new(ROWS.iter().map(|row| row.name)), hide_possible_values = true)]
+    pub names: Vec<String>,
+    /// Print one JSON object per row: name, value, unit, floor, ratio, target, ok
+    #[arg(long)]
+    pub json: bool,
+    /// List the rows, measure nothing
+    #[arg(long)]
+    pub list: bool,
+}

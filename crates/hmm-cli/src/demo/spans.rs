@@ -1,0 +1,40 @@
+//! Which pages the structure is on.
+
+use hmm::{PAGE_SIZE, PageCount, PageRange, VirtAddr};
+
+use super::index::Index;
+
+/// Pages without a node that still belong to one span.
+const LARGEST_GAP_PAGES: u64 = 256;
+
+/// Pages that lie together.
+#[derive(Clone, Copy, Debug)]
+pub struct Span {
+    /// From the first page with part of the structure to the last one.
+    pub range: PageRange,
+}
+
+/// All spans, in order of address.
+pub fn of(index: &Index<'_>) -> Vec<Span> {
+    let mut pages: Vec<u64> = Vec::new();
+    let mut add = |first: usize, bytes: usize| {
+        let last = (first + bytes.max(1) - 1) as u64 / PAGE_SIZE;
+        pages.extend(first as u64 / PAGE_SIZE..=last);
+    };
+    for node in &index.nodes {
+        add(std::ptr::from_ref(&**node).addr(), size_of_val(&**node));
+        add(node.text.as_ptr().addr(), node.text.len());
+        add(node.positions.as_ptr().addr(), size_of_val(node.positions.as_slice()));
+    }
+    pages.sort_unstable();
+    pages.dedup();
+    pages
+        .chunk_by(|before, after| after - before <= LARGEST_GAP_PAGES)
+        .map(|run| Span {
+            range: PageRange::from_pages(
+                VirtAddr::new(run[0] * PAGE_SIZE),
+                PageCount::new(run[run.len() - 1] - run[0] + 1),
+            ),
+        })
+        .collect()
+}

@@ -1,0 +1,169 @@
+//! `hmm info`: what this machine offers, and what to do about the rest.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use hmm::{ByteCount, Hmm, Machine, SoftwareOptions};
+use serde::Serialize;
+
+use crate::args::InfoOptions;
+use crate::table::Table;
+
+/// One line of the table, and one object of the JSON.
+#[derive(Debug, Serialize)]
+struct Line {
+    what: String,
+    value: String,
+    ok: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    remedy: Option<String>,
+}
+
+impl Line {
+    fn good(what: &str, value: impl Into<String>) -> Self {
+        Self {
+            what: what.to_owned(),
+            value: value.into(),
+            ok: true,
+            remedy: None,
+        }
+    }
+
+    fn bad(what: &str, value: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self {
+            what: what.to_owned(),
+            value: value.into(),
+            ok: false,
+            remedy: Some(remedy.into()),
+        }
+    }
+
+    fn either(what: &str, ok: bool, [yes, no]: [&str; 2], remedy: &str) -> Self {
+        if ok {
+            Self::good(what, yes)
+        } else {
+            Self::bad(what, no, remedy)
+        }
+    }
+}
+
+/// Everything that is shown.
+#[derive(Debug, Serialize)]
+struct Information {
+    findings: Vec<Line>,
+    devices: Vec<Line>,
+    engine: Vec<Line>,
+    opens: bool,
+    complete: bool,
+}
+
+/// Runs the command.
+pub fn run(options: &InfoOptions) -> anyhow::Result<ExitCode> {
+    let information = gather();
+    let mut out = io::stdout().lock();
+    if options.json {
+        writeln!(out, "{}", serde_json::to_string_pretty(&information)?)?;
+    } else {
+        print(&information, &mut out)?;
+    }
+    Ok(if information.opens {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn gather() -> Information {
+    let machine = Machine::probe();
+    let findings: Vec<Line> = machine
+        .findings
+        .into_iter()
+        .map(|finding| Line {
+            what: finding.name,
+            value: finding.value,
+            ok: finding.ok,
+            remedy: finding.remedy,
+        })
+        .collect();
+    let (devices, engine, opens) = match try_engine() {
+        Ok((devices, engine)) => (devices, engine, true),
+        Err(error) => {
+            let remedy = "see what is missing above; nothing works without it";
+            let line = Line::bad("engine", format!("does not open: {error}"), remedy);
+            (Vec::new(), vec![line], false)
+        }
+    };
+    let mut all = findings.iter().chain(&devices).chain(&engine);
+    let complete = all.all(|line| line.ok);
+    Information {
+        findings,
+        devices,
+        engine,
+        opens,
+        complete,
+    }
+}
+
+/// Opens an engine with a device: what it says of itself is what it does.
+fn try_engine() -> Result<(Vec<Line>, Vec<Line>), hmm::Error> {
+    let hmm = Hmm::open()?;
+    let options = SoftwareOptions::new(ByteCount::mib(1));
+    let device = match hmm.add_software_device(options) {
+        Ok(_) => Line::good(
+            "software device",
+            "always there: a page to 2 TiB of memory, 1 to 64 workers, one kernel at a time",
+        ),
+        Err(error) => Line::bad(
+            "software device",
+            "cannot be made",
+            format!("{error}; free memory, or see `ulimit -v`"),
+        ),
+    };
+    let engine = vec![
+        Line::either(
+            "pages leave and come home by",
+            hmm.moves_pages(),
+            ["moving (UFFDIO_MOVE)", "copying twice: slower"],
+            "Linux 6.8 or later",
+        ),
+        Line::either(
+            "faults inside of system calls",
+            hmm.serves_kernel_faults(),
+            ["served", "not served: read(2) into a page on a device fails"],
+            "run as root, `chmod 666 /dev/userfaultfd`, or `sysctl vm.unprivileged_userfaultfd=1`",
+        ),
+    ];
+    if let Err(error) = hmm.shutdown() {
+        eprintln!("hmm: {error}");
+    }
+    Ok((vec![device], engine))
+}
+
+fn print(information: &Information, out: &mut impl Write) -> io::Result<()> {
+    let mut table = Table::new(["WHAT", "VALUE", "OK, OR WHAT TO DO"]);
+    let groups = [
+        &information.findings,
+        &information.devices,
+        &information.engine,
+    ];
+    for line in groups.into_iter().flatten() {
+        let state = if line.ok {
+            "ok".to_owned()
+        } else {
+            let remedy = line.remedy.as_deref().unwrap_or("");
+            format!("missing: {remedy}")
+        };
+        table.row([line.what.clone(), line.value.clone(), state]);
+    }
+    table.print(out)?;
+    writeln!(out)?;
+    writeln!(
+        out,
+        "{}",
+        match (information.opens, information.complete) {
+            (true, true) => "Everything is there: the engine works at its best here.",
+            (true, false) => "The engine works here; what is marked missing makes it weaker or slower.",
+            (false, _) => "The engine does not work here.",
+        }
+    )
+}

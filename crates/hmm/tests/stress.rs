@@ -1,0 +1,513 @@
+//! Many threads, two devices, all that a program does to its memory, at once and
+//! for a minute, against an oracle. Each region has an owner who knows what must
+//! be in it; movers shuffle all regions around meanwhile.
+//!
+//! `HMM_STRESS_SECONDS` sets the time, `HMM_TEST_SEED` the seed (which is
+//! printed; threads interleave as they like, so it is a hint, not a replay).
+//! `HMM_STRESS_WITHOUT=mremap,fork,...` leaves parts out, to narrow a failure
+//! down.
+mod common;
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use common::{HUGE, Map, PAGE, Rng, WORDS, all_free, fork, nothing_staged, pattern, wait, watchdog};
+use hmm::{Error, Hmm, PageCount, PageRange, Pointer, SoftwareDevice, VirtAddr};
+
+/// Pages of each owner's region.
+const REGION: usize = 700;
+/// Counters that CPUs and devices count up together, spread over some pages.
+const COUNTERS: usize = 512;
+const COUNTER_PAGES: usize = 64;
+
+/// What all threads share.
+struct Field {
+    hmm: Hmm,
+    devices: [SoftwareDevice; 2],
+    stop: AtomicBool,
+    /// Where each region is now: address and pages. A hint for movers.
+    regions: Mutex<Vec<(usize, usize)>>,
+    without: String,
+}
+
+impl Field {
+    fn goes_on(&self) -> bool {
+        !self.stop.load(Ordering::Relaxed)
+    }
+
+    fn leaves_out(&self, what: &str) -> bool {
+        self.without.split(',').any(|part| part == what)
+    }
+
+    fn enter(&self, map: &Map) -> usize {
+        let mut regions = self.regions.lock().unwrap();
+        regions.push((map.at() as usize, map.pages()));
+        regions.len() - 1
+    }
+
+    fn moved(&self, slot: usize, map: &Map) {
+        self.regions.lock().unwrap()[slot] = (map.at() as usize, map.pages());
+    }
+
+    fn pick(&self, rng: &mut Rng) -> PageRange {
+        let (at, pages) = {
+            let regions = self.regions.lock().unwrap();
+            regions[rng.below(regions.len())]
+        };
+        let first = rng.below(pages);
+        let most = [1, 16, 64, pages][rng.below(4)];
+        let count = 1 + rng.below((pages - first).min(most));
+        PageRange::from_pages(
+            VirtAddr::new((at + first * PAGE) as u64),
+            PageCount::new(count as u64),
+        )
+    }
+}
+
+/// Moves random parts of random regions.
+fn mover(field: &Field, seed: u64) -> String {
+    let mut rng = Rng::new(seed);
+    let (mut calls, mut moved, mut stayed) = (0u64, 0u64, 0u64);
+    while field.goes_on() {
+        let range = field.pick(&mut rng);
+        let device = field.devices[rng.below(2)].id();
+        let result = match rng.below(10) {
+            0..=4 => field.hmm.migrate(range, device),
+            5 | 6 => field.hmm.evict(range),
+            7 if !field.leaves_out("exclusive") => field.hmm.exclusive(range, device),
+            _ => match field.hmm.prefetch(range, device) {
+                // Some are waited for, some left to themselves.
+                Ok(prefetch) if rng.below(2) == 0 => Ok(prefetch.wait()),
+                Ok(_) => continue,
+                Err(error) => Err(error),
+            },
+        };
+        match result {
+            Ok(report) => {
+                common::adds_up(&report, range);
+                moved += report.moved.get();
+                stayed += report.stayed_pages.get();
+            }
+            Err(Error::NotMapped { .. } | Error::QueueFull { .. }) => {}
+            Err(error) => panic!("{error}"),
+        }
+        calls += 1;
+    }
+    format!("mover: {calls} calls, {moved} pages moved, {stayed} stayed")
+}
+
+/// Counts with the CPU; its share of the sum.
+fn counter(field: &Field, counters: &Map, seed: u64, shares: &[AtomicU64]) -> String {
+    let mut rng = Rng::new(seed);
+    let mut count = 0u64;
+    while field.goes_on() {
+        for _ in 0..100 {
+            let index = rng.below(COUNTERS);
+            let word = counters.word(place(index));
+            // SAFETY: only accessed atomically, by everyone.
+            unsafe { AtomicU64::from_ptr(word) }.fetch_add(1, Ordering::Relaxed);
+            shares[index].fetch_add(1, Ordering::Relaxed);
+            count += 1;
+        }
+    }
+    format!("CPU counter: {count} counted")
+}
+
+fn place(index: usize) -> usize {
+    (index % COUNTER_PAGES) * WORDS + index / COUNTER_PAGES
+}
+
+/// Counts with device kernels.
+fn device_counter(field: &Field, counters: &Map, number: usize, shares: &[AtomicU64]) -> String {
+    let first = Pointer::new(counters.word(0));
+    let mut launches = 0u64;
+    while field.goes_on() {
+        let shift = launches as usize * 37;
+        let each = 1 + launches % 7;
+        field.devices[number]
+            .launch(64, |context, group| {
+                let index = (group * 5 + shift) % COUNTERS;
+                context.fetch_add(first.at(place(index)), each)?;
+                Ok(())
+            })
+            .unwrap();
+        for group in 0..64 {
+            shares[(group * 5 + shift) % COUNTERS].fetch_add(each, Ordering::Relaxed);
+        }
+        launches += 1;
+    }
+    format!("device counter {number}: {launches} launches")
+}
+
+/// Writes and checks a region of its own with the CPU.
+fn keeper(field: &Field, seed: u64, huge: bool) -> String {
+    let mut rng = Rng::new(seed);
+    let map = if huge { Map::aligned(2 * HUGE, true) } else { Map::new(REGION) };
+    let mut generations = vec![0u64; map.pages()];
+    map.fill(0);
+    field.enter(&map);
+    let mut checks = 0u64;
+    while field.goes_on() {
+        let page = rng.below(map.pages());
+        let count = (1 + rng.below(8)).min(map.pages() - page);
+        for page in page..page + count {
+            check(&map, page, generations[page], "keeper");
+            checks += 1;
+            if rng.below(2) == 0 {
+                generations[page] = rng.next();
+                map.fill_part(page, 1, generations[page]);
+            }
+        }
+    }
+    for page in 0..map.pages() {
+        check(&map, page, generations[page], "keeper at the end");
+    }
+    finish(field, &map);
+    format!("keeper: {checks} pages checked")
+}
+
+fn check(map: &Map, page: usize, generation: u64, who: &str) {
+    if let Some(word) = map.wrong(page, 1, generation) {
+        let seen = map.get(word);
+        let wrong = (page * WORDS..(page + 1) * WORDS)
+            .filter(|&index| map.get(index) != pattern(generation, index))
+            .count();
+        panic!(
+            "LOST DATA ({who}): page {page} at {:#x}, word {}: {seen:#x} instead of {:#x}; now \
+             {wrong} words of the page are wrong",
+            map.page(page) as usize,
+            word % WORDS,
+            pattern(generation, word),
+        );
+    }
+}
+
+fn finish(field: &Field, map: &Map) {
+    let report = field.hmm.evict(map.range()).unwrap();
+    common::adds_up(&report, map.range());
+}
+
+/// A region that only a device writes and reads.
+fn device_keeper(field: &Field, number: usize, seed: u64) -> String {
+    let mut rng = Rng::new(seed);
+    let map = Map::new(REGION);
+    field.enter(&map);
+    let first = Pointer::new(map.word(0));
+    let mut generations = vec![0u64; REGION];
+    let mut launches = 0u64;
+    map.fill(0);
+    while field.goes_on() {
+        let start = rng.below(REGION - 64);
+        let new = rng.next();
+        let old = &generations;
+        let lost = AtomicU64::new(0);
+        field.devices[number]
+            .launch(64, |context, group| {
+                let page = start + group;
+                for word in 0..WORDS {
+                    let index = page * WORDS + word;
+                    if context.load(first.at(index))? != pattern(old[page], index) {
+                        lost.store(1 + index as u64, Ordering::Relaxed);
+                    }
+                    context.store(first.at(index), pattern(new, index))?;
+                }
+                Ok(())
+            })
+            .unwrap();
+        let lost = lost.into_inner();
+        assert_eq!(lost, 0, "LOST DATA (device): word {}", lost.wrapping_sub(1));
+        generations[start..start + 64].fill(new);
+        launches += 1;
+        if rng.below(8) == 0 {
+            let page = rng.below(REGION);
+            check(&map, page, generations[page], "device keeper");
+        }
+    }
+    for (page, &generation) in generations.iter().enumerate() {
+        check(&map, page, generation, "device keeper at the end");
+    }
+    finish(field, &map);
+    format!("device keeper {number}: {launches} launches")
+}
+
+/// What a page of a shifting region holds.
+#[derive(Clone, Copy, PartialEq)]
+enum Content {
+    Zeros,
+    Pattern(u64),
+}
+
+/// Unmaps, maps, drops and remaps its own region all the time.
+fn shifter(field: &Field, seed: u64, huge: bool) -> String {
+    let mut rng = Rng::new(seed);
+    let mut map = if huge { Map::aligned(HUGE * 2, true) } else { Map::new(REGION) };
+    let pages = map.pages();
+    // The word index changes with the page only: patterns move with the data.
+    let mut contents = vec![Content::Zeros; pages];
+    let slot = field.enter(&map);
+    let (mut rounds, mut remaps, mut refused) = (0u64, 0u64, 0u64);
+    let look = |map: &Map, contents: &[Content], page: usize, what: &str| match contents[page] {
+        Content::Zeros => {
+            if let Some(word) = map.not_zero(page, 1) {
+                panic!(
+                    "LOST DATA (shifter, after {what}): page {page} word {}: {:#x} instead of 0",
+                    word % WORDS,
+                    map.get(word)
+                );
+            }
+        }
+        Content::Pattern(seed) => check(map, page, seed, what),
+    };
+    let mut what = "start";
+    while field.goes_on() {
+        rounds += 1;
+        let first = rng.below(pages);
+        let most = [4, 64, pages][rng.below(3)];
+        let count = 1 + rng.below((pages - first).min(most));
+        match rng.below(16) {
+            0..=6 => {
+                let count = count.min(16);
+                for (page, content) in (first..).zip(&mut contents[first..first + count]) {
+                    let seed = rng.next();
+                    map.fill_part(page, 1, seed);
+                    *content = Content::Pattern(seed);
+                }
+            }
+            7..=9 if !field.leaves_out("dontneed") => {
+                what = "DONTNEED";
+                assert!(map.advise(first, count, libc::MADV_DONTNEED));
+                contents[first..first + count].fill(Content::Zeros);
+            }
+            10 | 11 if !field.leaves_out("munmap") => {
+                what = "munmap and mmap";
+                // Over it, without a moment in which others could map there.
+                map_anew(&map, first, count);
+                contents[first..first + count].fill(Content::Zeros);
+            }
+            12 | 13 if !field.leaves_out("mremap") => {
+                // The whole region goes elsewhere, if it is one mapping.
+                let at = map.at();
+                // SAFETY: this thread's own region, and nobody else uses it.
+                let new = unsafe {
+                    let reserved = libc::mmap(
+                        std::ptr::null_mut(),
+                        map.bytes(),
+                        libc::PROT_NONE,
+                        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                        -1,
+                        0,
+                    );
+                    assert_ne!(reserved, libc::MAP_FAILED);
+                    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+                    let new =
+                        libc::mremap(at.cast(), map.bytes(), map.bytes(), flags, reserved);
+                    if new == libc::MAP_FAILED {
+                        libc::munmap(reserved, map.bytes());
+                    }
+                    new
+                };
+                if new == libc::MAP_FAILED {
+                    // Several mappings: what was mapped anew in the middle.
+                    refused += 1;
+                    rebuild(&map, &mut contents, &mut rng);
+                    what = "a new start";
+                } else {
+                    map.leak();
+                    map = Map::adopt(new.cast(), pages);
+                    field.moved(slot, &map);
+                    remaps += 1;
+                    what = "mremap";
+                }
+            }
+            _ => {}
+        }
+        for _ in 0..8 {
+            look(&map, &contents, rng.below(pages), what);
+        }
+        if rounds.is_multiple_of(64) {
+            (0..pages).for_each(|page| look(&map, &contents, page, what));
+        }
+    }
+    (0..pages).for_each(|page| look(&map, &contents, page, "the end"));
+    finish(field, &map);
+    format!("shifter: {rounds} rounds, {remaps} remaps, {refused} refused")
+}
+
+fn map_anew(map: &Map, first: usize, count: usize) {
+    // SAFETY: this thread's own region, and nobody else uses it.
+    let got = unsafe {
+        libc::mmap(
+            map.page(first).cast(),
+            count * PAGE,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED,
+            -1,
+            0,
+        )
+    };
+    assert_eq!(got, map.page(first).cast());
+}
+
+/// One mapping again, with new content.
+fn rebuild(map: &Map, contents: &mut [Content], rng: &mut Rng) {
+    map_anew(map, 0, map.pages());
+    contents.fill(Content::Zeros);
+    for _ in 0..32 {
+        let page = rng.below(map.pages());
+        let seed = rng.next();
+        map.fill_part(page, 1, seed);
+        contents[page] = Content::Pattern(seed);
+    }
+}
+
+/// Forks, and changes its region while the child checks what it has of it.
+fn forker(field: &Field, seed: u64) -> String {
+    let mut rng = Rng::new(seed);
+    let map = Map::new(REGION);
+    field.enter(&map);
+    let mut generation = 1;
+    map.fill(generation);
+    let mut forks = 0u64;
+    while field.goes_on() && !field.leaves_out("fork") {
+        let grandchild = rng.below(4) == 0;
+        let own = rng.below(REGION);
+        let child = fork(|| {
+            if map.wrong(0, REGION / 2, generation).is_some() {
+                return 1;
+            }
+            map.fill_part(own, 1, !generation);
+            if grandchild {
+                // SAFETY: the grandchild only touches memory.
+                let pid = unsafe { libc::fork() };
+                if pid == 0 {
+                    let mine = map.wrong(own, 1, !generation).is_some();
+                    let wrong = (0..REGION)
+                        .any(|page| page != own && map.wrong(page, 1, generation).is_some());
+                    // SAFETY: ends the grandchild.
+                    unsafe { libc::_exit(i32::from(mine) + 2 * i32::from(wrong)) };
+                }
+                let mut status = 0;
+                // SAFETY: its own child.
+                unsafe { libc::waitpid(pid, &raw mut status, 0) };
+                if status != 0 {
+                    return 10 + libc::WEXITSTATUS(status);
+                }
+            }
+            let rest = (0..REGION).any(|page| page != own && map.wrong(page, 1, generation).is_some());
+            2 * i32::from(rest) + 4 * i32::from(map.wrong(own, 1, !generation).is_some())
+        });
+        generation = rng.next();
+        for page in 0..REGION {
+            map.fill_part(page, 1, generation);
+        }
+        let status = wait(child);
+        assert_eq!(status, 0, "LOST DATA in a child (fork {forks}, grandchild: {grandchild})");
+        for page in 0..REGION {
+            check(&map, page, generation, "forker");
+        }
+        forks += 1;
+        std::thread::sleep(Duration::from_millis(rng.below(30) as u64));
+    }
+    finish(field, &map);
+    format!("forker: {forks} forks")
+}
+
+#[test]
+fn stress_many_threads_against_an_oracle() {
+    let seconds = std::env::var("HMM_STRESS_SECONDS")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(60);
+    let _dog = watchdog("stress_many_threads_against_an_oracle", seconds + 60);
+    let seed = common::seed();
+    println!("seed {seed}");
+    // Less device memory than there is data: evictions all the time.
+    let (hmm, first) = common::engine(12);
+    let second = common::device(&hmm, 6);
+    let field = Field {
+        hmm,
+        devices: [first, second],
+        stop: AtomicBool::new(false),
+        regions: Mutex::new(Vec::new()),
+        without: std::env::var("HMM_STRESS_WITHOUT").unwrap_or_default(),
+    };
+    let counters = Map::new(COUNTER_PAGES);
+    field.enter(&counters);
+    let shares: Vec<AtomicU64> = (0..COUNTERS).map(|_| AtomicU64::new(0)).collect();
+    let done = std::thread::scope(|scope| {
+        let (field, counters, shares) = (&field, &counters, &shares[..]);
+        let mut threads = vec![
+            scope.spawn(move || counter(field, counters, seed ^ 1, shares)),
+            scope.spawn(move || keeper(field, seed ^ 4, false)),
+            scope.spawn(move || keeper(field, seed ^ 5, true)),
+            scope.spawn(move || shifter(field, seed ^ 8, false)),
+            scope.spawn(move || shifter(field, seed ^ 9, true)),
+            scope.spawn(move || forker(field, seed ^ 10)),
+            scope.spawn(move || mover(field, seed ^ 11)),
+            scope.spawn(move || mover(field, seed ^ 12)),
+        ];
+        if !field.leaves_out("kernels") {
+            threads.extend([
+                scope.spawn(move || device_counter(field, counters, 0, shares)),
+                scope.spawn(move || device_counter(field, counters, 1, shares)),
+                scope.spawn(move || device_keeper(field, 0, seed ^ 6)),
+                scope.spawn(move || device_keeper(field, 1, seed ^ 7)),
+            ]);
+        }
+        let end = Instant::now() + Duration::from_secs(seconds);
+        while Instant::now() < end && !threads.iter().any(|thread| thread.is_finished()) {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        field.stop.store(true, Ordering::Relaxed);
+        let ends: Vec<_> = threads.into_iter().map(|thread| thread.join()).collect();
+        ends.into_iter().map(|end| end.expect("a thread found an error, see above")).collect::<Vec<_>>()
+    });
+    done.iter().for_each(|line| println!("{line}"));
+    for (index, share) in shares.iter().enumerate() {
+        let expected = share.load(Ordering::Relaxed);
+        assert_eq!(counters.get(place(index)), expected, "counter {index} lost counts");
+    }
+    finish(&field, &counters);
+    drop(counters);
+    println!("{:#?}", field.hmm.statistics());
+    nothing_staged(&field.hmm);
+    // What movers took along by names that were out of date is home after this.
+    for device in &field.devices {
+        assert!(device.remove().unwrap(), "{} did not let go of everything", device.name());
+    }
+    field.hmm.shutdown().unwrap();
+}
+
+/// With a region to itself, nothing of a device's memory is ever lost.
+#[test]
+fn device_memory_is_whole_after_a_storm() {
+    let _dog = watchdog("device_memory_is_whole_after_a_storm", 60);
+    let (hmm, device) = common::engine(8);
+    let map = Map::new(3000);
+    map.fill(1);
+    let end = Instant::now() + Duration::from_secs(3);
+    std::thread::scope(|scope| {
+        let (hmm, map, device) = (&hmm, &map, &device);
+        for number in 0..3 {
+            scope.spawn(move || {
+                let mut rng = Rng::new(number + 1);
+                while Instant::now() < end {
+                    let first = rng.below(2900);
+                    let range = map.part(first, 1 + rng.below(100));
+                    if rng.below(3) == 0 {
+                        hmm.evict(range).unwrap();
+                    } else {
+                        hmm.migrate(range, device.id()).unwrap();
+                    }
+                    map.check_part(first, 1, 1);
+                }
+            });
+        }
+    });
+    map.check(1);
+    hmm.evict(map.range()).unwrap();
+    nothing_staged(&hmm);
+    all_free(&device);
+    hmm.shutdown().unwrap();
+}

@@ -1,0 +1,72 @@
+//! What the checks need from the system beyond a Rust toolchain.
+
+use std::env;
+
+use anyhow::{Result, bail};
+
+use crate::process::Invocation;
+
+/// A program, and the Debian package that brings it.
+#[derive(Debug)]
+pub struct Package {
+    pub program: &'static str,
+    pub debian: &'static str,
+    pub purpose: &'static str,
+}
+
+/// Runs the library's tests as an ordinary user.
+pub const SETPRIV: Package = Package {
+    program: "setpriv",
+    debian: "util-linux",
+    purpose: "to run tests as an ordinary user",
+};
+
+impl Package {
+    fn is_there(&self) -> bool {
+        env::var_os("PATH").is_some_and(|path| {
+            env::split_paths(&path).any(|directory| directory.join(self.program).is_file())
+        })
+    }
+
+    /// Makes sure that the program is there: installs it as root on Debian and
+    /// its relatives, and elsewhere says what is missing.
+    pub fn provide(&self) -> Result<()> {
+        if self.is_there() {
+            return Ok(());
+        }
+        let Self {
+            program,
+            debian,
+            purpose,
+        } = self;
+        let missing = format!("`{program}` is missing ({purpose}); install the package {debian}");
+        if !rustix::process::getuid().is_root() {
+            bail!("{missing}");
+        }
+        let installed = Invocation::new("apt-get")
+            .args(["install", "--yes", "--no-install-recommends", debian])
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .quiet()
+            .is_some();
+        if !installed || !self.is_there() {
+            bail!("{missing}");
+        }
+        println!("installed {debian} {purpose}");
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_there_needs_nothing() {
+        let shell = Package {
+            program: "sh",
+            debian: "dash",
+            purpose: "for this test",
+        };
+        shell.provide().unwrap();
+    }
+}
