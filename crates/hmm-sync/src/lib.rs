@@ -50,7 +50,12 @@ impl<T> Mutex<T> {
     pub fn lock(&self) -> MutexGuard<'_, T> {
         let held = Held::acquire(self.rank);
         match self.inner.lock() {
-            Ok(inner) => MutexGuard { inner, held },
+            Ok(inner) => MutexGuard {
+                inner,
+                held,
+                #[cfg(hmm_shuttle)]
+                lock: &self.inner,
+            },
             Err(_) => panic!("lock {:?}: a thread panicked while it held it", self.rank),
         }
     }
@@ -66,6 +71,8 @@ impl<T> fmt::Debug for Mutex<T> {
 pub struct MutexGuard<'a, T> {
     inner: imp::MutexGuard<'a, T>,
     held: Held,
+    #[cfg(hmm_shuttle)]
+    lock: &'a imp::Mutex<T>,
 }
 
 impl<T> Deref for MutexGuard<'_, T> {
@@ -222,9 +229,27 @@ impl Condvar {
         guard: MutexGuard<'a, T>,
         timeout: Duration,
     ) -> MutexGuard<'a, T> {
+        self.wait(guard, timeout)
+    }
+
+    #[cfg(not(hmm_shuttle))]
+    fn wait<'a, T>(&self, guard: MutexGuard<'a, T>, timeout: Duration) -> MutexGuard<'a, T> {
         let MutexGuard { inner, held } = guard;
         match self.0.wait_timeout(inner, timeout) {
             Ok((inner, _)) => MutexGuard { inner, held },
+            Err(_) => panic!("condition: a thread panicked while it held the lock"),
+        }
+    }
+
+    /// Shuttle's waits never time out; a wake without a notification is the
+    /// same to the caller.
+    #[cfg(hmm_shuttle)]
+    fn wait<'a, T>(&self, guard: MutexGuard<'a, T>, _: Duration) -> MutexGuard<'a, T> {
+        let MutexGuard { inner, held, lock } = guard;
+        drop(inner);
+        shuttle::thread::yield_now();
+        match lock.lock() {
+            Ok(inner) => MutexGuard { inner, held, lock },
             Err(_) => panic!("condition: a thread panicked while it held the lock"),
         }
     }
