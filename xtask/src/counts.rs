@@ -141,7 +141,8 @@ mod tests {
              8 passed (1 slow, 1 leaky), 2 failed, 2 timed out, 3 skipped\n",
         );
         assert_eq!(counts.to_string(), "8 passed, 4 failed, 3 skipped");
-        let counts = Counts::read("     Summary [   0.1s] 3/9 tests run: 2 passed, 1 failed, 0 skipped");
+        let counts =
+            Counts::read("     Summary [   0.1s] 3/9 tests run: 2 passed, 1 failed, 0 skipped");
         assert_eq!(counts.to_string(), "2 passed, 1 failed, 0 skipped");
     }
 

@@ -5,9 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use crate::tables::{
-    checked_table, code_spans, constant, enum_variants, local_links, number,
-};
+use crate::tables::{checked_table, code_spans, constant, enum_variants, local_links, number};
 use crate::workspace::Workspace;
 
 /// Where an enum is, and which column of which table has to list its variants.
@@ -62,7 +60,10 @@ pub fn check(workspace: &Workspace) -> Result<String> {
         return Ok(format!("{compared} table rows and {links} links agree"));
     }
     let text: Vec<_> = faults.iter().map(|fault| format!("  {fault:#}")).collect();
-    bail!("the documents are out of step with the code:\n{}", text.join("\n"));
+    bail!(
+        "the documents are out of step with the code:\n{}",
+        text.join("\n")
+    );
 }
 
 fn read(workspace: &Workspace, path: &str) -> Result<String> {
@@ -164,7 +165,11 @@ mod tests {
     fn every_difference_is_found() {
         let code = ["Gate", "Block"].map(str::to_owned);
         assert!(compare(&code, &rows(&["Gate", "Block"]), true).is_ok());
-        for wrong in [&["Block", "Gate"][..], &["Gate"], &["Gate", "Block", "More"]] {
+        for wrong in [
+            &["Block", "Gate"][..],
+            &["Gate"],
+            &["Gate", "Block", "More"],
+        ] {
             assert!(compare(&code, &rows(wrong), true).is_err(), "{wrong:?}");
         }
         let mut misnumbered = rows(&["Gate", "Block"]);

@@ -106,7 +106,14 @@ fn main() -> ExitCode {
 
 fn bench(workspace: &Workspace, rest: Vec<String>) -> anyhow::Result<()> {
     let hmm: Invocation = workspace.cargo([
-        "run", "--release", "-p", "hmm-cli", "--bin", "hmm", "--", "bench",
+        "run",
+        "--release",
+        "-p",
+        "hmm-cli",
+        "--bin",
+        "hmm",
+        "--",
+        "bench",
     ]);
     hmm.args(rest).run()
 }

@@ -24,6 +24,8 @@ const NOBODY: &str = "65534";
 /// After this a test hangs, and is killed; a stress test may take longer.
 const PATIENCE: Duration = Duration::from_secs(180);
 const STRESS_PATIENCE: Duration = Duration::from_secs(300);
+/// How long a stress test runs here; the full time is for the other run.
+const STRESS_SECONDS: (&str, &str) = ("HMM_STRESS_SECONDS", "15");
 
 /// Why the tests cannot run as another user, if so.
 pub fn reason_to_skip() -> Option<String> {
@@ -113,7 +115,9 @@ impl Place {
     }
 
     fn copy(&self, binary: &Path) -> Result<PathBuf> {
-        let copy = self.0.join(binary.file_name().context("a binary has a name")?);
+        let copy = self
+            .0
+            .join(binary.file_name().context("a binary has a name")?);
         fs::copy(binary, &copy).with_context(|| format!("cannot copy {}", binary.display()))?;
         fs::set_permissions(&copy, fs::Permissions::from_mode(0o755))?;
         Ok(copy)
@@ -126,6 +130,7 @@ impl Place {
             .args(["--inh-caps=-all", "--"])
             .args([binary])
             .env("HOME", env::temp_dir())
+            .env(STRESS_SECONDS.0, STRESS_SECONDS.1)
             .directory(&self.0)
     }
 }

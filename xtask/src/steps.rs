@@ -93,7 +93,12 @@ pub fn test(workspace: &Workspace, options: &TestOptions) -> ExitCode {
             summary.add(step.name(), Outcome::NotRun, std::time::Duration::ZERO);
             continue;
         }
-        println!("\n=== {} ({} of {}) ===", step.name(), number + 1, chosen.len());
+        println!(
+            "\n=== {} ({} of {}) ===",
+            step.name(),
+            number + 1,
+            chosen.len()
+        );
         let start = Instant::now();
         let outcome = match run(step, workspace, options, &mut summary) {
             Ok(Done::Passed(remark)) => Outcome::Passed(remark),
@@ -129,7 +134,8 @@ fn run(
 ) -> Result<Done> {
     match step {
         Step::Toolchain => toolchain(workspace),
-        Step::Fmt => plain(workspace.cargo(["fmt", "--all", "--check"])),
+        Step::Fmt => plain(workspace.cargo(["fmt", "--all", "--", "--check", "-l"]))
+            .context("these files are not formatted; run `cargo fmt --all`"),
         Step::Clippy => plain(workspace.cargo([
             "clippy",
             "--workspace",
@@ -150,9 +156,10 @@ fn run(
         Step::OrdinaryUser => as_ordinary_user(workspace, summary),
         Step::Sim => {
             let seeds = options.sim_seeds;
+            let jobs = std::thread::available_parallelism().map_or(1, usize::from);
             let simulator = workspace
-                .cargo(["run", "--release", "-p", "hmm-sim", "--", "--seeds"])
-                .args([seeds.to_string()]);
+                .cargo(["run", "--release", "-p", "hmm-sim", "--"])
+                .args([format!("--seeds={seeds}"), format!("--jobs={jobs}")]);
             plain(simulator)?;
             Ok(Done::Passed(format!("{seeds} seeds")))
         }
@@ -232,7 +239,8 @@ fn nextest(workspace: &Workspace, summary: &mut Summary) -> Result<Done> {
             skipped @ Done::Skipped(_) => skipped,
         });
     }
-    let report = workspace.target().join("nextest/default/junit.xml");
+    // nextest keeps its reports here, wherever cargo builds.
+    let report = workspace.path("target/nextest/default/junit.xml");
     let _ = fs::remove_file(&report);
     let before = summary.tests;
     let done = counted(
@@ -281,7 +289,9 @@ fn shuttle(workspace: &Workspace, summary: &mut Summary) -> Result<Done> {
     }
     flags.push_str("--cfg hmm_shuttle");
     let target = workspace.target().join("shuttle");
-    let target = target.to_str().context("the target directory's name is not text")?;
+    let target = target
+        .to_str()
+        .context("the target directory's name is not text")?;
     counted(
         workspace
             .cargo(["test", "-p", "hmm-core", "--test", "gate_model"])

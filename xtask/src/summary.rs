@@ -56,7 +56,11 @@ impl fmt::Display for Summary {
         }
         let width = self.rows.iter().map(|(step, ..)| step.len()).max();
         let width = width.unwrap_or(0).max("step".len());
-        writeln!(f, "{:width$}  {:8}  {:>8}  remarks", "step", "result", "time")?;
+        writeln!(
+            f,
+            "{:width$}  {:8}  {:>8}  remarks",
+            "step", "result", "time"
+        )?;
         for (step, outcome, time) in &self.rows {
             let (result, remark) = match outcome {
                 Outcome::Passed(remark) => ("passed", remark.as_str()),
@@ -85,9 +89,16 @@ mod tests {
         let mut summary = Summary::default();
         summary.tests.passed = 7;
         summary.add("fmt", Outcome::Passed(String::new()), Duration::ZERO);
-        summary.add("deny", Outcome::Skipped("not installed".into()), Duration::ZERO);
+        summary.add(
+            "deny",
+            Outcome::Skipped("not installed".into()),
+            Duration::ZERO,
+        );
         let text = summary.to_string();
-        assert!(text.contains("deny  SKIPPED      0.0 s  not installed"), "{text}");
+        assert!(
+            text.contains("deny  SKIPPED      0.0 s  not installed"),
+            "{text}"
+        );
         assert_eq!(text.lines().last(), Some("7 passed, 0 failed, 0 skipped"));
         summary.add("clippy", Outcome::Failed("no".into()), Duration::ZERO);
         summary.add("doc", Outcome::NotRun, Duration::ZERO);

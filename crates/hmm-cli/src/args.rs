@@ -82,7 +82,8 @@ pub struct DemoOptions {
 
 /// `hmm bench`
 #[derive(Debug, Args)]
-#[command(after_help = "Each row is measured several times, and in between what it is compared with (the
+#[command(
+    after_help = "Each row is measured several times, and in between what it is compared with (the
 floor); medians are shown. A ratio is value / floor, in such a way that the target can
 be read: at most for latencies, at least for rates. Benchmarks are no tests: a missed
 target shows, but the exit status stays 0. Needs 2 GiB of memory that is free.
@@ -90,7 +91,8 @@ target shows, but the exit status stays 0. Needs 2 GiB of memory that is free.
 Examples:
   hmm bench
   hmm bench to_device_256m to_system_256m
-  hmm bench --json | jq -c 'select(.ok | not)'")]
+  hmm bench --json | jq -c 'select(.ok | not)'"
+)]
 pub struct BenchOptions {
     /// Rows to measure [default: all]
     #[arg(value_name = "NAME", value_parser = PossibleValuesParser::new(ROWS.iter().map(|row| row.name)), hide_possible_values = true)]

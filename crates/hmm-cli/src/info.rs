@@ -111,7 +111,7 @@ fn try_engine() -> Result<(Vec<Line>, Vec<Line>), hmm::Error> {
     let device = match hmm.add_software_device(options) {
         Ok(_) => Line::good(
             "software device",
-            "always there: a page to 2 TiB of memory, 1 to 64 workers, one kernel at a time",
+            "always there; 4 KiB to 2 TiB, 1 to 64 workers",
         ),
         Err(error) => Line::bad(
             "software device",
@@ -129,7 +129,10 @@ fn try_engine() -> Result<(Vec<Line>, Vec<Line>), hmm::Error> {
         Line::either(
             "faults inside of system calls",
             hmm.serves_kernel_faults(),
-            ["served", "not served: read(2) into a page on a device fails"],
+            [
+                "served",
+                "not served: read(2) into a page on a device fails",
+            ],
             "run as root, `chmod 666 /dev/userfaultfd`, or `sysctl vm.unprivileged_userfaultfd=1`",
         ),
     ];
@@ -162,7 +165,8 @@ fn print(information: &Information, out: &mut impl Write) -> io::Result<()> {
         "{}",
         match (information.opens, information.complete) {
             (true, true) => "Everything is there: the engine works at its best here.",
-            (true, false) => "The engine works here; what is marked missing makes it weaker or slower.",
+            (true, false) =>
+                "The engine works here; what is marked missing makes it weaker or slower.",
             (false, _) => "The engine does not work here.",
         }
     )

@@ -369,7 +369,11 @@ fn forker(field: &Field, seed: u64) -> String {
     let mut generation = 1;
     map.fill(generation);
     let mut forks = 0u64;
-    while field.goes_on() && !field.leaves_out("fork") {
+    while field.goes_on() {
+        if field.leaves_out("fork") {
+            std::thread::sleep(Duration::from_millis(10));
+            continue;
+        }
         let grandchild = rng.below(4) == 0;
         let own = rng.below(REGION);
         let child = fork(|| {
@@ -476,6 +480,40 @@ fn stress_many_threads_against_an_oracle() {
     for device in &field.devices {
         assert!(device.remove().unwrap(), "{} did not let go of everything", device.name());
     }
+    field.hmm.shutdown().unwrap();
+}
+
+/// One that forks and two that move: the parent loses nothing, nor do children.
+#[test]
+fn a_forking_process_keeps_its_data() {
+    let _dog = watchdog("a_forking_process_keeps_its_data", 60);
+    let seed = common::seed();
+    println!("seed {seed}");
+    let (hmm, first) = common::engine(12);
+    let second = common::device(&hmm, 6);
+    let field = Field {
+        hmm,
+        devices: [first, second],
+        stop: AtomicBool::new(false),
+        regions: Mutex::new(Vec::new()),
+        without: std::env::var("HMM_STRESS_WITHOUT").unwrap_or_default(),
+    };
+    let first = Map::new(1);
+    field.enter(&first);
+    std::thread::scope(|scope| {
+        let field = &field;
+        let mut threads: Vec<_> =
+            (11..13).map(|number| scope.spawn(move || mover(field, seed ^ number))).collect();
+        threads.extend((1..3).map(|number| scope.spawn(move || forker(field, seed ^ number))));
+        let end = Instant::now() + Duration::from_secs(8);
+        while Instant::now() < end && !threads.iter().any(|thread| thread.is_finished()) {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        field.stop.store(true, Ordering::Relaxed);
+        for thread in threads {
+            println!("{}", thread.join().expect("a thread found an error, see above"));
+        }
+    });
     field.hmm.shutdown().unwrap();
 }
 

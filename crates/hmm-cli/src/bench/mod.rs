@@ -1,5 +1,89 @@
-//! x
+//! `hmm bench`: the engine against what the hardware and the kernel can do,
+//! measured in the same run.
+//!
+//! Each floor is measured right before what is compared with it, several times
+//! in turn, and the medians count: what slows the machine down for a while
+//! slows both.
+
+mod chase;
+mod fault;
+mod metadata;
+mod row;
+mod sample;
+mod stream;
+mod transfer;
+
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
-pub struct R { pub name: &'static str }
-pub const ROWS: &[R] = &[R{name:"a"}];
-pub fn run(_: &crate::args::BenchOptions) -> anyhow::Result<ExitCode> { todo!() }
+
+use crate::args::BenchOptions;
+use crate::table::Table;
+
+pub use row::ROWS;
+use row::{Row, Target};
+use sample::Measured;
+
+/// Runs the command.
+pub fn run(options: &BenchOptions) -> anyhow::Result<ExitCode> {
+    let chosen: Vec<&Row> = ROWS
+        .iter()
+        .filter(|row| options.names.is_empty() || options.names.iter().any(|name| name == row.name))
+        .collect();
+    let mut out = io::stdout().lock();
+    if options.list {
+        list(&chosen, &mut out)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let watched = io::stderr().is_terminal();
+    let mut table = Table::new(["ROW", "VALUE", "FLOOR", "RATIO", "TARGET", "", "WHAT"]);
+    let mut missed = 0;
+    let mut group = None;
+    let mut results: Vec<(&str, Measured)> = Vec::new();
+    for row in &chosen {
+        if group != Some(row.group) {
+            if watched {
+                eprintln!("measuring {}...", row.name);
+            }
+            results = row.group.measure()?;
+            group = Some(row.group);
+        }
+        let found = results.iter().find(|(name, _)| *name == row.name);
+        let measured = found.map(|(_, measured)| *measured);
+        let measured = measured.ok_or_else(|| anyhow::anyhow!("{} was not measured", row.name))?;
+        missed += usize::from(!row.is_ok(measured));
+        if options.json {
+            writeln!(out, "{}", serde_json::to_string(&row.result(measured))?)?;
+        } else {
+            table.row(row.cells(measured));
+        }
+    }
+    if !options.json {
+        table.print(&mut out)?;
+        writeln!(
+            out,
+            "\n{} of {} rows reach their target.",
+            chosen.len() - missed,
+            chosen.len()
+        )?;
+        if cfg!(debug_assertions) {
+            writeln!(
+                out,
+                "This is a debug build: measure with `cargo run --release -- bench`."
+            )?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn list(rows: &[&Row], out: &mut impl Write) -> io::Result<()> {
+    let mut table = Table::new(["ROW", "UNIT", "TARGET", "WHAT"]);
+    for row in rows {
+        let target = match row.target {
+            Target::AtMost(most) => format!("at most {most}"),
+            Target::AtLeast(least) => format!("at least {least}"),
+        };
+        let cells = [row.name, row.unit, &target, row.what];
+        table.row(cells.map(str::to_owned));
+    }
+    table.print(out)
+}

@@ -96,7 +96,10 @@ impl Expected {
 
     /// After how many rounds a node has this digest.
     pub fn round_of(&self, node: usize, digest: u64) -> Option<usize> {
-        self.nodes[node].digests.iter().position(|&value| value == digest)
+        self.nodes[node]
+            .digests
+            .iter()
+            .position(|&value| value == digest)
     }
 
     /// Compares every value of every node. Reading them brings them home.
@@ -111,7 +114,11 @@ impl Expected {
             verdict.word(at, node.note.load(Relaxed), tally.note);
             let text = piece(&self.file, self.piece_bytes, wanted.positions[0]);
             verdict.bytes(at, &node.text, text);
-            verdict.word(at, node.positions.len() as u64, wanted.positions.len() as u64);
+            verdict.word(
+                at,
+                node.positions.len() as u64,
+                wanted.positions.len() as u64,
+            );
             for (&found, &wanted) in node.positions.iter().zip(&wanted.positions) {
                 verdict.word(at, found, wanted);
             }
@@ -136,7 +143,9 @@ impl Expected {
 
 /// The piece of the file at a position.
 fn piece(file: &[u8], piece_bytes: usize, position: u64) -> &[u8] {
-    let rest = usize::try_from(position).ok().and_then(|first| file.get(first..));
+    let rest = usize::try_from(position)
+        .ok()
+        .and_then(|first| file.get(first..));
     let rest = rest.unwrap_or(&[]);
     &rest[..piece_bytes.min(rest.len())]
 }
@@ -159,6 +168,9 @@ mod tests {
         assert!(expected.compare(&index, &tally).is_right());
         index.nodes[3].digest.fetch_xor(1 << 40, Relaxed);
         let verdict = expected.compare(&index, &tally);
-        assert_eq!((verdict.different_bytes, verdict.first_different), (1, Some(3)));
+        assert_eq!(
+            (verdict.different_bytes, verdict.first_different),
+            (1, Some(3))
+        );
     }
 }

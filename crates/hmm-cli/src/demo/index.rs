@@ -52,6 +52,10 @@ pub struct Index<'f> {
     /// Length of a piece; the last one may be shorter.
     pub piece_bytes: usize,
     /// In order of first appearance.
+    #[allow(
+        clippy::vec_box,
+        reason = "nodes point to each other and must stay where they are while the vector grows"
+    )]
     pub nodes: Vec<Box<Node>>,
     /// Number of a piece's node: how the CPU finds it.
     pub by_text: HashMap<&'f [u8], usize>,
@@ -66,14 +70,15 @@ impl<'f> Index<'f> {
             .len()
             .div_ceil(MOST_PIECES)
             .next_multiple_of(LEAST_PIECE_BYTES);
-        let mut nodes: Vec<Box<Node>> = Vec::new();
+        let mut nodes = Vec::new();
         let mut by_text = HashMap::new();
         for (number, piece) in file.chunks(piece_bytes).enumerate() {
             let at = *by_text.entry(piece).or_insert_with(|| {
                 nodes.push(Box::new(Node::new(piece)));
                 nodes.len() - 1
             });
-            nodes[at].positions.push((number * piece_bytes) as u64);
+            let node: &mut Box<Node> = &mut nodes[at];
+            node.positions.push((number * piece_bytes) as u64);
         }
         let mut index = Self {
             piece_bytes,
@@ -89,7 +94,8 @@ impl<'f> Index<'f> {
         for (at, node) in self.nodes.iter().enumerate() {
             node.text_at.store(node.text.as_ptr().cast_mut(), Relaxed);
             node.text_len.store(node.text.len(), Relaxed);
-            node.positions_at.store(node.positions.as_ptr().cast_mut(), Relaxed);
+            node.positions_at
+                .store(node.positions.as_ptr().cast_mut(), Relaxed);
             node.positions_len.store(node.positions.len(), Relaxed);
             let follower = &self.nodes[self.follower(at, file)];
             node.follower.store(address(follower), Relaxed);
@@ -101,7 +107,9 @@ impl<'f> Index<'f> {
             }
         }
         let lists = self.nodes.chunks(list_len);
-        self.heads = lists.map(|list| AtomicPtr::new(address(&list[0]))).collect();
+        self.heads = lists
+            .map(|list| AtomicPtr::new(address(&list[0])))
+            .collect();
     }
 
     /// Nodes in a list; the last list may be shorter.

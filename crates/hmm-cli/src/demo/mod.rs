@@ -38,7 +38,9 @@ use spans::Span;
 /// Runs the command.
 pub fn run(options: &DemoOptions) -> anyhow::Result<ExitCode> {
     let bar = ProgressBar::new_spinner();
-    bar.set_style(ProgressStyle::with_template("{spinner} {msg} {wide_bar} {percent:>3}%")?);
+    bar.set_style(ProgressStyle::with_template(
+        "{spinner} {msg} {wide_bar} {percent:>3}%",
+    )?);
     bar.set_message("reading");
     let input = input::read(options.file.as_deref())?;
     bar.set_message("indexing");
@@ -142,9 +144,11 @@ impl Demo<'_> {
         let mut totals = kernel::Totals::default();
         let heads = self.index.heads_pointer();
         for round in 0..ROUNDS as u64 {
-            let report = self.device.launch(self.index.heads.len(), |context, list| {
-                kernel::walk(context, heads.at(list), round)
-            })?;
+            let report = self
+                .device
+                .launch(self.index.heads.len(), |context, list| {
+                    kernel::walk(context, heads.at(list), round)
+                })?;
             totals.add(&report);
         }
         Ok(totals)

@@ -134,7 +134,11 @@ fn as_text(outcome: &Outcome, again: &Verdict, out: &mut impl Write) -> io::Resu
     }
     if !outcome.moves_pages {
         let note = "Slower: no UFFDIO_MOVE here, see `hmm info`";
-        table.row(["pages are copied".to_owned(), String::new(), note.to_owned()]);
+        table.row([
+            "pages are copied".to_owned(),
+            String::new(),
+            note.to_owned(),
+        ]);
     }
     table.print(out)?;
 
@@ -189,9 +193,9 @@ fn print_verdict(verdict: &Verdict, again: &Verdict, out: &mut impl Write) -> io
         );
     }
     for (when, verdict) in [("with the engine", verdict), ("after it ended", again)] {
-        let first = verdict.first_different.map_or_else(String::new, |node| {
-            format!(", the first in node {node}")
-        });
+        let first = verdict
+            .first_different
+            .map_or_else(String::new, |node| format!(", the first in node {node}"));
         writeln!(
             out,
             "WRONG {when}: {} of {} bytes differ{first}; {} wrong values were read meanwhile",

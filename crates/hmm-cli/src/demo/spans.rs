@@ -24,7 +24,10 @@ pub fn of(index: &Index<'_>) -> Vec<Span> {
     for node in &index.nodes {
         add(std::ptr::from_ref(&**node).addr(), size_of_val(&**node));
         add(node.text.as_ptr().addr(), node.text.len());
-        add(node.positions.as_ptr().addr(), size_of_val(node.positions.as_slice()));
+        add(
+            node.positions.as_ptr().addr(),
+            size_of_val(node.positions.as_slice()),
+        );
     }
     pages.sort_unstable();
     pages.dedup();

@@ -1,0 +1,47 @@
+//! `metadata_idle`, `metadata_resident`: what the engine remembers of a page.
+//!
+//! All tables of the engine and of its software devices come from the engine's
+//! own memory, whose use is read before and after. Memory is registered when a
+//! migration names it; to have some that is registered but at home, it goes to
+//! the device and comes back. Staging is no table, and is not counted.
+
+use hmm::{Hmm, PageCount, SoftwareOptions, engine_memory_bytes};
+
+use super::sample::Measured;
+use super::transfer::{DEVICE_MEMORY, SIZE, STAGING, to};
+use crate::floor::Area;
+
+/// Both rows.
+pub fn metadata() -> anyhow::Result<Vec<(&'static str, Measured)>> {
+    let hmm = Hmm::builder().staging_limit(STAGING).open()?;
+    let opened = engine_memory_bytes();
+    let options = SoftwareOptions::new(DEVICE_MEMORY).workers(1);
+    let device = hmm.add_software_device(options)?;
+    let with_device = engine_memory_bytes();
+    // What the device keeps for each frame, used or not, counts for the pages
+    // in its frames.
+    let frames = with_device.saturating_sub(opened);
+
+    let area = Area::filled(SIZE, false)?;
+    to(&hmm, &area, Some(device.id()))?;
+    let resident = engine_memory_bytes().saturating_sub(with_device);
+    to(&hmm, &area, None)?;
+    let idle = engine_memory_bytes().saturating_sub(with_device);
+    hmm.shutdown()?;
+
+    let pages = |bytes: u64, pages: PageCount| bytes as f64 / pages.get() as f64;
+    let per_frame = pages(frames, DEVICE_MEMORY.whole_pages());
+    let measured = |value| Measured {
+        value,
+        floor: None,
+        ratio: None,
+    };
+    let area_pages = SIZE.whole_pages();
+    Ok(vec![
+        ("metadata_idle", measured(pages(idle, area_pages))),
+        (
+            "metadata_resident",
+            measured(pages(resident, area_pages) + per_frame),
+        ),
+    ])
+}

@@ -1,0 +1,234 @@
+//! The rows: one table that names, lists, checks and documents them.
+
+use serde::Serialize;
+
+use super::sample::Measured;
+use super::{chase, fault, metadata, stream, transfer};
+
+/// What is measured, and what it is to reach.
+#[derive(Debug)]
+pub struct Row {
+    /// What to call it.
+    pub name: &'static str,
+    /// Unit of value and floor.
+    pub unit: &'static str,
+    /// What the ratio, or without a floor the value, must be.
+    pub target: Target,
+    /// What is compared with what.
+    pub what: &'static str,
+    pub(super) group: Group,
+}
+
+/// A bound on a ratio.
+#[derive(Clone, Copy, Debug)]
+pub enum Target {
+    /// Good when no greater.
+    AtMost(f64),
+    /// Good when no less.
+    AtLeast(f64),
+}
+
+/// Rows that are measured together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Group {
+    Fault,
+    Transfer { huge: bool },
+    Scan,
+    Disjoint,
+    Stream,
+    Chase,
+    Metadata,
+}
+
+impl Group {
+    /// Measures all rows of the group.
+    pub(super) fn measure(self) -> anyhow::Result<Vec<(&'static str, Measured)>> {
+        match self {
+            Self::Fault => fault::latency(),
+            Self::Transfer { huge } => transfer::both_ways(huge),
+            Self::Scan => transfer::scan(),
+            Self::Disjoint => fault::disjoint(),
+            Self::Stream => stream::stream(),
+            Self::Chase => chase::chase(),
+            Self::Metadata => metadata::metadata(),
+        }
+    }
+}
+
+use Target::{AtLeast, AtMost};
+
+/// All rows.
+pub const ROWS: &[Row] = &[
+    Row {
+        name: "fault_4k_p50",
+        unit: "us",
+        target: AtMost(1.25),
+        what: "CPU touch of a page on the device, median; floor: the barest handler",
+        group: Group::Fault,
+    },
+    Row {
+        name: "fault_4k_p99",
+        unit: "us",
+        target: AtMost(2.0),
+        what: "the same, what 99 of 100 touches take at most",
+        group: Group::Fault,
+    },
+    Row {
+        name: "to_device_256m",
+        unit: "GB/s",
+        target: AtLeast(0.80),
+        what: "one migrate call, 4 KiB pages; floor: memcpy by one thread",
+        group: Group::Transfer { huge: false },
+    },
+    Row {
+        name: "to_system_256m",
+        unit: "GB/s",
+        target: AtLeast(0.80),
+        what: "one evict call, 4 KiB pages; floor: memcpy by one thread",
+        group: Group::Transfer { huge: false },
+    },
+    Row {
+        name: "to_device_256m_thp",
+        unit: "GB/s",
+        target: AtLeast(0.90),
+        what: "one migrate call, huge pages; floor: memcpy by one thread",
+        group: Group::Transfer { huge: true },
+    },
+    Row {
+        name: "to_system_256m_thp",
+        unit: "GB/s",
+        target: AtLeast(0.90),
+        what: "one evict call, huge pages; floor: memcpy by one thread",
+        group: Group::Transfer { huge: true },
+    },
+    Row {
+        name: "scan_256m",
+        unit: "GB/s",
+        target: AtLeast(0.60),
+        what: "CPU reads in sequence what is all on the device; floor: memcpy",
+        group: Group::Scan,
+    },
+    Row {
+        name: "fault_disjoint_2t",
+        unit: "faults/s",
+        target: AtLeast(1.6),
+        what: "two threads fault in blocks of their own; floor: one thread",
+        group: Group::Disjoint,
+    },
+    Row {
+        name: "device_stream",
+        unit: "GB/s",
+        target: AtLeast(0.50),
+        what: "a kernel reads device memory in sequence; floor: the CPU, directly",
+        group: Group::Stream,
+    },
+    Row {
+        name: "device_chase",
+        unit: "ns/hop",
+        target: AtLeast(0.50),
+        what: "a kernel follows pointers on the device; floor: the CPU, directly \
+               (ratio: floor / value)",
+        group: Group::Chase,
+    },
+    Row {
+        name: "metadata_idle",
+        unit: "B/page",
+        target: AtMost(1.0),
+        what: "engine memory for each page that is registered and at home; no floor",
+        group: Group::Metadata,
+    },
+    Row {
+        name: "metadata_resident",
+        unit: "B/page",
+        target: AtMost(16.0),
+        what: "engine memory for each page on the device; no floor",
+        group: Group::Metadata,
+    },
+];
+
+/// One line of the JSON.
+#[derive(Debug, Serialize)]
+pub(super) struct RowResult {
+    name: &'static str,
+    value: f64,
+    unit: &'static str,
+    floor: Option<f64>,
+    ratio: Option<f64>,
+    target: f64,
+    ok: bool,
+}
+
+impl Row {
+    /// What the target is about: the ratio, or the value where nothing can be
+    /// compared with it.
+    const fn judged(measured: Measured) -> f64 {
+        match measured.ratio {
+            Some(ratio) => ratio,
+            None => measured.value,
+        }
+    }
+
+    pub(super) fn is_ok(&self, measured: Measured) -> bool {
+        match self.target {
+            AtMost(most) => Self::judged(measured) <= most,
+            AtLeast(least) => Self::judged(measured) >= least,
+        }
+    }
+
+    pub(super) fn result(&self, measured: Measured) -> RowResult {
+        let (AtMost(target) | AtLeast(target)) = self.target;
+        RowResult {
+            name: self.name,
+            value: rounded(measured.value),
+            unit: self.unit,
+            floor: measured.floor.map(rounded),
+            ratio: measured.ratio.map(rounded),
+            target,
+            ok: self.is_ok(measured),
+        }
+    }
+
+    pub(super) fn cells(&self, measured: Measured) -> [String; 7] {
+        let number = |value: f64| {
+            if value >= 1000.0 {
+                format!("{value:.0}")
+            } else {
+                format!("{value:.2}")
+            }
+        };
+        let maybe = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), number);
+        [
+            self.name.to_owned(),
+            format!("{} {}", number(measured.value), self.unit),
+            maybe(measured.floor),
+            maybe(measured.ratio),
+            match self.target {
+                AtMost(most) => format!("<= {most:.2}"),
+                AtLeast(least) => format!(">= {least:.2}"),
+            },
+            if self.is_ok(measured) { "ok" } else { "MISSED" }.to_owned(),
+            self.what.to_owned(),
+        ]
+    }
+}
+
+/// Four digits behind the point are more than any of the clocks is good for.
+fn rounded(value: f64) -> f64 {
+    (value * 1e4).round() / 1e4
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets_point_the_right_way() {
+        let of = |ratio| Measured {
+            value: 1.0,
+            floor: Some(1.0),
+            ratio: Some(ratio),
+        };
+        assert!(ROWS[0].is_ok(of(1.25)) && !ROWS[0].is_ok(of(1.26)));
+        assert!(ROWS[2].is_ok(of(0.80)) && !ROWS[2].is_ok(of(0.79)));
+    }
+}

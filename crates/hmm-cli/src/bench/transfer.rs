@@ -1,0 +1,121 @@
+//! `to_device_256m`, `to_system_256m`, both with huge pages, and `scan_256m`:
+//! large transfers against memcpy of the same size by one thread.
+
+use anyhow::ensure;
+use hmm::{ByteCount, DeviceId, Hmm, Report, SoftwareOptions};
+
+use super::sample::{Measured, Pairs, ROUNDS, gb_per_s, timed};
+use crate::floor::Area;
+
+/// What is moved.
+pub const SIZE: ByteCount = ByteCount::mib(256);
+/// Size of the device.
+pub const DEVICE_MEMORY: ByteCount = ByteCount::mib(512);
+/// System memory for staging: enough that a whole transfer finds pages ready.
+pub const STAGING: ByteCount = ByteCount::mib(768);
+
+/// An engine with a device whose memory is there already.
+pub fn open(workers: usize) -> anyhow::Result<(Hmm, hmm::SoftwareDevice)> {
+    let hmm = Hmm::builder().staging_limit(STAGING).open()?;
+    let options = SoftwareOptions::new(DEVICE_MEMORY)
+        .workers(workers)
+        .populate(true);
+    let device = hmm.add_software_device(options)?;
+    Ok((hmm, device))
+}
+
+/// memcpy between two areas whose pages are all there.
+struct Memcpy {
+    from: Area,
+    to: Area,
+}
+
+impl Memcpy {
+    fn new(huge: bool) -> anyhow::Result<Self> {
+        Ok(Self {
+            from: Area::filled(SIZE, huge)?,
+            to: Area::filled(SIZE, huge)?,
+        })
+    }
+
+    /// GB/s.
+    fn measure(&mut self) -> f64 {
+        let (from, to) = (self.from.words(), self.to.words_mut());
+        let (time, ()) = timed(|| to.copy_from_slice(from));
+        std::hint::black_box(to);
+        gb_per_s(SIZE.get(), time)
+    }
+}
+
+/// One `migrate` call, and one `evict` call.
+pub fn both_ways(huge: bool) -> anyhow::Result<Vec<(&'static str, Measured)>> {
+    let (hmm, device) = open(1)?;
+    let mut memcpy = Memcpy::new(huge)?;
+    let area = Area::filled(SIZE, huge)?;
+    let (mut to_device, mut to_system) = (Pairs::default(), Pairs::default());
+    for round in 0..=ROUNDS {
+        let floor = memcpy.measure();
+        let (time, report) = timed(|| to(&hmm, &area, Some(device.id())));
+        report?;
+        let value = gb_per_s(SIZE.get(), time);
+        let floor_back = memcpy.measure();
+        let (time, report) = timed(|| to(&hmm, &area, None));
+        report?;
+        let value_back = gb_per_s(SIZE.get(), time);
+        // The first round registers the memory and fills the staging: what a
+        // program pays once.
+        if round > 0 {
+            to_device.add(floor, value);
+            to_system.add(floor_back, value_back);
+        }
+    }
+    hmm.shutdown()?;
+    let names = if huge {
+        ["to_device_256m_thp", "to_system_256m_thp"]
+    } else {
+        ["to_device_256m", "to_system_256m"]
+    };
+    Ok(vec![
+        (names[0], to_device.measured()),
+        (names[1], to_system.measured()),
+    ])
+}
+
+/// All of an area to a device, or home.
+pub fn to(hmm: &Hmm, area: &Area, device: Option<DeviceId>) -> anyhow::Result<Report> {
+    let report = match device {
+        Some(device) => hmm.migrate(area.range(), device)?,
+        None => hmm.evict(area.range())?,
+    };
+    ensure!(report.is_complete(), "not everything moved: {report}");
+    Ok(report)
+}
+
+/// The CPU reads what is all on the device.
+pub fn scan() -> anyhow::Result<Vec<(&'static str, Measured)>> {
+    let (hmm, device) = open(1)?;
+    let mut memcpy = Memcpy::new(false)?;
+    let area = Area::filled(SIZE, false)?;
+    let right = sum(area.words());
+    let mut pairs = Pairs::default();
+    for round in 0..=ROUNDS {
+        to(&hmm, &area, Some(device.id()))?;
+        let floor = memcpy.measure();
+        let (time, found) = timed(|| sum(area.words()));
+        ensure!(
+            found == right,
+            "the CPU read wrong data: {found:#x} for {right:#x}"
+        );
+        if round > 0 {
+            pairs.add(floor, gb_per_s(SIZE.get(), time));
+        }
+    }
+    hmm.shutdown()?;
+    Ok(vec![("scan_256m", pairs.measured())])
+}
+
+/// Sum of all words.
+pub fn sum(words: &[u64]) -> u64 {
+    let words = std::hint::black_box(words);
+    words.iter().fold(0, |sum, &word| sum.wrapping_add(word))
+}
