@@ -8,11 +8,11 @@
 
 use std::sync::atomic::Ordering::{Relaxed, Release};
 
-use hmm_hal::{Event, EventBatch, SpaceId, Stop, Transfer};
+use hmm_hal::{DeviceError, Event, EventBatch, SpaceId, Stop, Transfer};
 use hmm_mem::Vec;
 use hmm_types::{DeviceId, FrameId, FrameRange, PageCount, PageRange, VirtAddr};
 
-use crate::engine::Engine;
+use crate::engine::{COPY_LIMIT, Engine};
 use crate::executor::{BOUNCE_PAGES, Executor};
 use crate::home::run_transfers;
 use crate::map::SpaceMap;
@@ -135,6 +135,7 @@ impl Engine<'_> {
         match self.space.copy_pages(space, host, page).stop {
             // `NotMapped`: the child does not see this memory (MADV_DONTFORK).
             None | Some(Stop::Gone | Stop::NotMapped | Stop::Exists) => {
+                self.space.wake(space, page);
                 self.child_dropped(space, page);
             }
             Some(Stop::Again) => {
@@ -218,6 +219,8 @@ impl Engine<'_> {
     pub(crate) fn child_fault(&self, executor: &mut Executor, space: SpaceId, address: VirtAddr) {
         let page = PageRange::from_pages(address.page_floor(), PageCount::ONE);
         if self.give_run(executor, space, page.start()).is_some() {
+            // Whatever became of it: who waits looks again.
+            self.space.wake(space, page);
             return;
         }
         let mut attempt = 0;
@@ -243,6 +246,13 @@ impl Engine<'_> {
                 if owed.page != start.plus_pages(len) {
                     break;
                 }
+                let Source::Frame { device, frame } = owed.source else {
+                    unreachable!("given before a fork's event is done with");
+                };
+                // Kept while it is read: the child may drop the page meanwhile.
+                if !self.devices.slot(device).share(frame) {
+                    break;
+                }
                 *slot = Some(*owed);
                 len += 1;
             }
@@ -251,30 +261,81 @@ impl Engine<'_> {
             return None;
         }
         let bounce = executor.bounce(len);
-        for (owed, host) in run.iter().flatten().zip(bounce.iter_pages()) {
-            let Source::Frame { device, frame } = owed.source else {
-                unreachable!("given before a fork's event is done with");
-            };
-            let transfer = Transfer::ToHost {
-                frames: FrameRange::new(frame, 1),
-                host,
-            };
-            let device = self.devices.slot(device).device;
-            if run_transfers(device, std::iter::once(transfer)).is_err() {
-                let page = PageRange::from_pages(owed.page, PageCount::ONE);
-                self.stats.lost_pages.fetch_add(1, Relaxed);
-                let _ = self.space.poison_pages(space, page);
-                self.child_dropped(space, page);
-                return Some(1);
-            }
-        }
+        let readable = run
+            .iter()
+            .flatten()
+            .zip(bounce.iter_pages())
+            .take_while(|(owed, host)| self.read_owed(owed, *host).is_ok())
+            .count();
         let mut attempt = 0;
-        while !self.place_in_child(space, &run[..PageCount::new(len).index()], bounce.start())
+        while !self.place_in_child(space, &run[..readable], bounce.start())
             && self.wait_for_events(executor, attempt)
         {
             attempt += 1;
         }
-        Some(len)
+        if let (0, Some(lost)) = (readable, run[0]) {
+            self.lose_in_child(executor, space, lost);
+        }
+        run.into_iter().flatten().for_each(|owed| self.settle(owed));
+        Some(readable.max(1) as u64)
+    }
+
+    /// Reads a frame into bounce memory, several times if need be.
+    fn read_owed(&self, owed: &Owed, host: VirtAddr) -> Result<(), DeviceError> {
+        let Source::Frame { device, frame } = owed.source else {
+            unreachable!("given before a fork's event is done with");
+        };
+        let transfer = Transfer::ToHost {
+            frames: FrameRange::new(frame, 1),
+            host,
+        };
+        let device = self.devices.slot(device).device;
+        let mut result = Ok(());
+        for _ in 0..COPY_LIMIT {
+            result = run_transfers(device, std::iter::once(transfer));
+            match result {
+                Ok(()) | Err(DeviceError::Lost) => break,
+                Err(_) => {
+                    self.stats.copy_failures.fetch_add(1, Relaxed);
+                }
+            }
+        }
+        result
+    }
+
+    /// A page that a child is owed cannot be read any more.
+    fn lose_in_child(&self, executor: &mut Executor, space: SpaceId, lost: Owed) {
+        let page = PageRange::from_pages(lost.page, PageCount::ONE);
+        let mut attempt = 0;
+        loop {
+            let stop = {
+                let mut children = self.children.lock();
+                let Some(child) = children.get(space) else {
+                    return;
+                };
+                let at = child.position(lost.page);
+                if child.owed.get(at) != Some(&lost) {
+                    return;
+                }
+                let stop = self.space.poison_pages(space, page).stop;
+                if !matches!(stop, Some(Stop::Again | Stop::NoMemory | Stop::Incompatible)) {
+                    child.owed.remove(at);
+                    self.settle(lost);
+                    self.stats.lost_pages.fetch_add(1, Relaxed);
+                    return;
+                }
+                stop
+            };
+            assert!(
+                stop != Some(Stop::Incompatible),
+                "the data of {page} is lost to a forked child, and this kernel cannot mark the \
+                 page; zeros in its place would be wrong data"
+            );
+            if !self.wait_for_events(executor, attempt) {
+                return;
+            }
+            attempt += 1;
+        }
     }
 
     /// Places copied pages in a child, those that are still owed as they were.
@@ -294,6 +355,7 @@ impl Engine<'_> {
                 Some(Stop::Again | Stop::NoMemory) => return false,
                 Some(Stop::Exists) => self.space.wake(space, page),
                 _ => {
+                    self.space.wake(space, page);
                     self.stats.child_pages.fetch_add(1, Relaxed);
                 }
             }

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering::Relaxed;
 
-use hmm_hal::{DeviceFaultError, Mapping, Resolution};
+use hmm_hal::{DeviceError, DeviceFaultError, Mapping, Resolution};
 use hmm_types::{
     Access, DeviceId, FrameRange, PageCount, PageRange, StayReason, USER_END, VirtAddr,
 };
@@ -12,7 +12,7 @@ use crate::executor::Executor;
 use crate::page::PageState;
 use crate::readahead::Plan;
 use crate::report::MigrationReport;
-use crate::upload::Target;
+use crate::upload::{Fate, Target};
 
 /// Stretches of system memory that a device maps in place at a time; with more
 /// it starts over.
@@ -26,6 +26,8 @@ enum Found {
     Unshare(PageRange),
     /// Not on this device.
     Away,
+    /// The device does not answer any more.
+    Lost,
 }
 
 impl Engine<'_> {
@@ -67,8 +69,21 @@ impl Engine<'_> {
         match self.map_resident(address, target, access) {
             Found::Mapped => Ok(Resolution::Mapped),
             Found::InFlight => Ok(Resolution::Retry),
+            Found::Lost => Err(DeviceFaultError::DeviceLost),
             Found::Unshare(page) => {
-                self.step_between_devices(executor, page, device, target);
+                let passed = self.step_between_devices(executor, page, device, target);
+                match passed.fate {
+                    Fate::Stayed(StayReason::DeviceLost) => {
+                        return Err(DeviceFaultError::DeviceLost);
+                    }
+                    // Without room for a copy the page itself goes home.
+                    Fate::Stayed(StayReason::NoDeviceMemory)
+                        if !self.make_room(executor, device, page) =>
+                    {
+                        self.step_home(executor, page, None, None);
+                    }
+                    _ => {}
+                }
                 Ok(Resolution::Retry)
             }
             Found::Away => self.fetch_to_device(executor, device, address, &mapping, target),
@@ -92,23 +107,23 @@ impl Engine<'_> {
                     return Found::Unshare(page);
                 }
                 let allowed = if shared { Access::Read } else { target.access };
-                let mapped = slot.device.map(page, FrameRange::new(frame, 1), allowed);
-                if mapped.is_ok() {
-                    Found::Mapped
-                } else {
-                    Found::InFlight
-                }
+                Self::entered(slot.device.map(page, FrameRange::new(frame, 1), allowed))
             }
             PageState::Staged { device, page: staged } if device == target.device => {
                 let host = self.staging.lock().address(staged);
-                if slot.device.map_host(page, host, target.access).is_ok() {
-                    Found::Mapped
-                } else {
-                    Found::InFlight
-                }
+                Self::entered(slot.device.map_host(page, host, target.access))
             }
             state if state.in_flight() => Found::InFlight,
             _ => Found::Away,
+        }
+    }
+
+    /// A device's page table that is full for now may have room later.
+    const fn entered(mapped: Result<(), DeviceError>) -> Found {
+        match mapped {
+            Ok(()) => Found::Mapped,
+            Err(DeviceError::Lost) => Found::Lost,
+            Err(_) => Found::InFlight,
         }
     }
 
@@ -141,6 +156,8 @@ impl Engine<'_> {
                 }
             }
         };
+        // On another device, which cannot be used in place.
+        self.step_home(executor, page, None, None);
         self.map_in_place(page, target)
             .ok_or(DeviceFaultError::Unreachable { address, reason })
     }
@@ -204,12 +221,7 @@ impl Engine<'_> {
             }
             self.space.relax();
         }
-        {
-            let mut in_place = slot.in_place.lock();
-            for range in in_place.drain(..) {
-                slot.device.unmap(range);
-            }
-        }
+        slot.forget_in_place();
         let mut from = VirtAddr::new(hmm_types::PAGE_SIZE);
         while let Some(range) = self.next_with_pages_away(from) {
             from = range.end();

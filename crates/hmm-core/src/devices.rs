@@ -29,6 +29,12 @@ impl DeviceSlot<'_> {
         self.retired.store(true, Ordering::Release);
     }
 
+    /// Takes away all system memory that the device maps in place.
+    pub(crate) fn forget_in_place(&self) {
+        let mut in_place = self.in_place.lock();
+        in_place.drain(..).for_each(|range| self.device.unmap(range));
+    }
+
     /// Whether a forked child still needs the frame as it is.
     pub(crate) fn is_shared(&self, frame: FrameId) -> bool {
         self.shares[frame.index()].load(Ordering::Acquire) > 0

@@ -180,6 +180,7 @@ impl<'env> Engine<'env> {
             return true;
         };
         slot.retire();
+        slot.forget_in_place();
         self.bring_all_home(executor, Some(device))
     }
 
@@ -197,21 +198,24 @@ impl<'env> Engine<'env> {
 
     /// Lets all registered memory go: from here on it is the program's alone.
     fn unwatch_all(&self) {
-        let mut map = self.gate.write();
-        let mut watched: Option<PageRange> = None;
-        for piece in map.pieces() {
-            let range = piece.range();
-            watched = match watched {
-                Some(before) if before.end() == range.start() => {
-                    Some(PageRange::span(before.start(), range.end()))
-                }
-                before => {
-                    before.into_iter().for_each(|before| self.space.unregister(before));
-                    Some(range)
-                }
-            };
+        for (_, slot) in self.devices.all() {
+            slot.forget_in_place();
         }
-        watched.into_iter().for_each(|last| self.space.unregister(last));
+        let mut map = self.gate.write();
+        // What mremap added to a mapping is registered like the rest of it, and
+        // the engine was not told.
+        let everything = PageRange::span(
+            VirtAddr::new(hmm_types::PAGE_SIZE),
+            VirtAddr::new(hmm_types::USER_END),
+        );
+        for mapping in self.mappings_of(everything).iter().flatten() {
+            if !mapping.engine_owned && map.overlapping(mapping.range).next().is_some() {
+                self.space.unregister(mapping.range);
+            }
+        }
+        for piece in map.pieces() {
+            self.space.unregister(piece.range());
+        }
         *map = SpaceMap::new();
     }
 

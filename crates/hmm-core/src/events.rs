@@ -146,11 +146,12 @@ impl Engine<'_> {
     }
 
     /// Threads that wait at addresses which are going: nobody would find them
-    /// when the flight ends. They look again, at what is there now.
+    /// when the flight ends, which goes by block. They look again, at what is
+    /// there now. Whoever brings a page home for a thread has not marked it.
     fn wake_parked(&self, inner: &BlockInner, piece: Piece) {
-        let parked = (piece.first..piece.first + piece.pages)
-            .any(|index| inner.entry(index).parked());
-        if parked {
+        let flying =
+            (piece.first..piece.first + piece.pages).any(|index| inner.state(index).in_flight());
+        if flying {
             self.space.wake(SpaceId::OWN, piece.range());
         }
     }

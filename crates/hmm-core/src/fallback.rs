@@ -19,7 +19,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use hmm_hal::{DeviceError, Presence, Stop, Transfer};
 use hmm_types::{DeviceId, FrameRange, PAGES_PER_BLOCK, PageCount, PageRange, StayReason};
 
-use crate::engine::Engine;
+use crate::engine::{AGAIN_LIMIT, Engine};
 use crate::executor::{BOUNCE_PAGES, Executor};
 use crate::home::run_transfers;
 use crate::page::PageState;
@@ -160,8 +160,11 @@ impl Engine<'_> {
             if data {
                 let from = place.slice(u64::from(first), u64::from(pages));
                 let to = bounce.slice(u64::from(first), u64::from(pages)).start();
-                if self.space.read_pages(from, to).stop.is_some() {
-                    return Err(StayReason::Raced);
+                match self.space.read_pages(from, to).stop {
+                    None => {}
+                    // Unmapped meanwhile, or marked as lost.
+                    Some(Stop::NotMapped) => return Err(StayReason::CopyFailed),
+                    Some(_) => return Err(StayReason::Raced),
                 }
             }
         }
@@ -238,13 +241,12 @@ impl Engine<'_> {
         let mut offset = 0;
         let mut attempt = 0;
         while offset < flight.pages {
-            if self.release_page(flight, offset, frames, device) {
+            let patient = attempt < AGAIN_LIMIT;
+            if self.release_page(flight, offset, frames, device, patient) {
                 offset += 1;
-            } else if self.wait_for_events(executor, attempt) {
-                attempt += 1;
             } else {
-                // Stays write-protected: the next write faults and lifts it.
-                offset += 1;
+                self.wait_for_events(executor, attempt);
+                attempt += 1;
             }
         }
     }
@@ -255,6 +257,7 @@ impl Engine<'_> {
         offset: u32,
         frames: FrameRange,
         device: DeviceId,
+        patient: bool,
     ) -> bool {
         let map = self.gate.read();
         let block = map.block(flight.block);
@@ -263,7 +266,25 @@ impl Engine<'_> {
         let index = flight.first + offset;
         let entry = inner.entry(index);
         let slot = self.devices.slot(device);
-        if entry.state() == PageState::Dropped && !entry.doomed() {
+        let mut there = false;
+        if let Some(place) = block.place_of(index, 1) {
+            // The drop was reported, but went by an address where the page may
+            // not have been any more. Looked at first: what the next call does
+            // not refuse was true here.
+            let seen = self.space.presence(place, &mut |_, presence| {
+                there = matches!(presence, Presence::Present { .. });
+            });
+            if patient && seen.is_err() {
+                return false;
+            }
+            // Before the state changes: the flight keeps the block. A page that
+            // stays write-protected is freed by the next write, which faults.
+            let stop = self.space.write_protect(place, false).stop;
+            if patient && stop == Some(Stop::Again) {
+                return false;
+            }
+        }
+        if entry.state() == PageState::Dropped && !entry.doomed() && !there {
             let frame = frames.frame(offset);
             inner.set(index, PageState::Device { device, frame });
         } else if entry.state().in_flight() {
@@ -275,14 +296,10 @@ impl Engine<'_> {
             };
             inner.set(index, state);
         }
-        let Some(place) = block.place_of(index, 1) else {
-            return true;
-        };
-        let lifted = self.space.write_protect(place, false).stop != Some(Stop::Again);
         if entry.parked() {
             self.wake_pages(block, index, 1);
         }
         inner.tidy();
-        lifted
+        true
     }
 }

@@ -157,7 +157,11 @@ impl Engine<'_> {
         let upto = upto.max(least.end()).min(VirtAddr::new(hmm_types::USER_END));
         // The touched page first: somebody waits for it.
         let window = PageRange::span(from, upto);
-        self.bring_demanded(executor, fault.address, window);
+        if !self.bring_demanded(executor, fault.address, window) {
+            // Somebody else was quicker, or it could not come: look again.
+            let page = PageRange::from_pages(fault.address.page_floor(), PageCount::ONE);
+            self.space.wake(SpaceId::OWN, page);
+        }
         self.run_ahead(executor, plan);
     }
 

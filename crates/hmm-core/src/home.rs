@@ -105,13 +105,14 @@ impl Landing {
 
 impl Engine<'_> {
     /// Brings the page at `address` home, whatever it takes, and the rest of
-    /// the window around it: before it if that is little, else after it.
+    /// the window around it: before it if that is little, else after it. True
+    /// when the page surely came, so that who waits for it was woken.
     pub(crate) fn bring_demanded(
         &self,
         executor: &mut Executor,
         address: VirtAddr,
         window: PageRange,
-    ) {
+    ) -> bool {
         let page = address.page_floor();
         let start = if window.pages().get() <= BOUNCE_PAGES {
             window.start()
@@ -119,14 +120,23 @@ impl Engine<'_> {
             page
         };
         let mut from = start;
+        let mut came = false;
         while from < window.end() {
             let rest = PageRange::span(from, window.end());
-            let step = self.step_home(executor, rest, None, Some(page));
-            from = from.plus_pages(step.passed.max(1));
+            let step = self.step_home(executor, rest, None, None);
+            let next = from.plus_pages(step.passed.max(1));
+            came |= (from..next).contains(&page) && step.moved == step.passed;
+            from = next;
+        }
+        if !came {
+            // Alone: what cannot be read now is lost.
+            let page = PageRange::from_pages(page, PageCount::ONE);
+            came = self.step_home(executor, page, None, Some(page.start())).moved > 0;
         }
         if window.start() < start {
             self.bring_ahead(executor, PageRange::span(window.start(), start));
         }
+        came
     }
 
     /// Brings home what is away in a range; pages in flight are left alone.
@@ -276,13 +286,14 @@ impl Engine<'_> {
         self.invalidate(inner, place);
         let mut progress = self.space.move_pages(from, place.start());
         let moved = progress.stop.is_none();
-        if progress.stop == Some(Stop::Incompatible) {
+        if matches!(progress.stop, Some(Stop::Incompatible | Stop::Busy)) {
             progress = self.space.copy_pages(SpaceId::OWN, from.start(), place);
         }
         match progress.stop {
             None => {
                 inner.set(index, PageState::System);
                 self.staging.lock().put(page, !moved);
+                self.space.wake(SpaceId::OWN, place);
                 step.passed += 1;
                 step.moved += 1;
                 self.stats.pages_to_system.fetch_add(1, Relaxed);
@@ -364,7 +375,12 @@ impl Engine<'_> {
         let mut offset = 0;
         let mut attempt = 0;
         while offset < landing.pages() {
-            match self.place_home(claim, from, landing, &mut offset, &mut moved) {
+            let (placed, stop) = self.place_home(claim, from, landing, &mut offset);
+            if let Some(placed) = placed {
+                moved += placed.pages().get();
+                self.space.wake(SpaceId::OWN, placed);
+            }
+            match stop {
                 None => {}
                 // Exit of the process: nobody will look at the page again.
                 Some(Stop::Gone) => {
@@ -381,16 +397,15 @@ impl Engine<'_> {
         moved
     }
 
-    /// Places the next run that lies together. `Some` when it must be tried
-    /// again.
+    /// Places the next run that lies together: what was placed, to be woken
+    /// now that no lock is held, and why it must be tried again, if it must.
     fn place_home(
         &self,
         claim: &Claim,
         from: u32,
         landing: Landing,
         offset: &mut u32,
-        moved: &mut u64,
-    ) -> Option<Stop> {
+    ) -> (Option<PageRange>, Option<Stop>) {
         let map = self.gate.read();
         let block = map.block(claim.block);
         let mut inner = block.lock();
@@ -399,7 +414,7 @@ impl Engine<'_> {
         if inner.entry(index).doomed() {
             self.drop_claimed(&mut inner, claim, from, landing, *offset, block.place_of(index, 1));
             *offset += 1;
-            return None;
+            return (None, None);
         }
         let sound = (0..left)
             .take_while(|&page| !inner.entry(index + page).doomed())
@@ -422,13 +437,13 @@ impl Engine<'_> {
                 staging.put(run.first.plus(page), !emptied);
             }
         }
-        *moved += progress.done.get();
         *offset += placed;
         if progress.stop == Some(Stop::Exists) {
             unreachable!("there is a page at {place} already, where one comes home");
         }
         inner.tidy();
-        progress.stop
+        let placed = (placed > 0).then(|| place.slice(0, u64::from(placed)));
+        (placed, progress.stop)
     }
 
     /// Moves staging pages in, or copies where the mapping does not let pages
@@ -437,7 +452,8 @@ impl Engine<'_> {
         if let Landing::Staging(..) = landing {
             let source = PageRange::from_pages(host, place.pages());
             let progress = self.space.move_pages(source, place.start());
-            if progress.done > PageCount::ZERO || progress.stop != Some(Stop::Incompatible) {
+            let movable = !matches!(progress.stop, Some(Stop::Incompatible | Stop::Busy));
+            if progress.done > PageCount::ZERO || movable {
                 return (progress, true);
             }
         }
@@ -584,7 +600,7 @@ impl Engine<'_> {
                 self.stats.lost_pages.fetch_add(1, Relaxed);
                 true
             }
-            Some(Stop::Again) => false,
+            Some(Stop::Again | Stop::NoMemory) => false,
             Some(stop) => panic!(
                 "the data of {place} is lost with its device ({error}), and this kernel cannot \
                  mark the page ({stop:?}); zeros in its place would be wrong data"

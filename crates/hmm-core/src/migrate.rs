@@ -91,7 +91,7 @@ impl Engine<'_> {
                 report.stay(PageRange::span(next, mapping.range.start()), StayReason::NotMapped);
             }
             next = mapping.range.end();
-            match Self::immovable(mapping).or_else(|| self.watch_mapping(mapping)) {
+            match Self::immovable(mapping).or_else(|| self.watch_mapping(executor, mapping)) {
                 Some(reason) => report.stay(mapping.range, reason),
                 None => self.migrate_mapping(executor, mapping, device, keep, report),
             }
@@ -126,10 +126,18 @@ impl Engine<'_> {
 
     /// Registers a mapping, unless it is. With the gate held for writing no
     /// event is lost between the kernel's registration and ours.
-    fn watch_mapping(&self, mapping: &Mapping) -> Option<StayReason> {
+    fn watch_mapping(&self, executor: &mut Executor, mapping: &Mapping) -> Option<StayReason> {
         let range = mapping.range;
         if self.registered_pages(range) == range.pages() {
             return None;
+        }
+        // While a change is under way the map may have pieces of memory that is
+        // not there any more: what takes its place would seem registered.
+        for attempt in 0..BUSY_LIMIT {
+            if self.space.is_quiet() {
+                break;
+            }
+            self.wait_for_events(executor, attempt);
         }
         {
             let mut map = self.gate.write();
@@ -322,7 +330,7 @@ impl Engine<'_> {
             next = mapping.range.end();
             let reason = Self::immovable(mapping)
                 .or((!mapping.permissions.write).then_some(StayReason::NoAccess))
-                .or_else(|| self.watch_mapping(mapping));
+                .or_else(|| self.watch_mapping(executor, mapping));
             if let Some(reason) = reason {
                 report.stay(mapping.range, reason);
                 continue;

@@ -532,7 +532,7 @@ impl Engine<'_> {
         let source = PageRange::from_pages(host.plus_pages(u64::from(offset)), PageCount::ONE);
         let mut progress = self.space.move_pages(source, place.start());
         let mut emptied = true;
-        if progress.stop == Some(Stop::Incompatible) {
+        if matches!(progress.stop, Some(Stop::Incompatible | Stop::Busy)) {
             progress = self.space.copy_pages(SpaceId::OWN, source.start(), place);
             emptied = false;
         }
@@ -540,6 +540,7 @@ impl Engine<'_> {
             None => {
                 self.staging.lock().put(staging_page, !emptied);
                 inner.set(index, PageState::System);
+                self.space.wake(SpaceId::OWN, place);
             }
             Some(Stop::Exists) => {
                 unreachable!("there is a page at {place} already, where one is put back")

@@ -188,7 +188,6 @@ impl AddressSpace for Space {
             if let Some(value) = tables.pages.remove(&page.get()) {
                 tables.pages.insert(target, value);
             }
-            tables.waiting.remove(&target);
         }
         done(from.pages().get(), None)
     }
@@ -205,7 +204,6 @@ impl AddressSpace for Space {
                 return done(index, Some(Stop::Exists));
             }
             tables.pages.insert(page.get(), value.expect("bounce was filled"));
-            tables.waiting.remove(&page.get());
         }
         done(to.pages().get(), None)
     }
@@ -223,7 +221,6 @@ impl AddressSpace for Space {
                 return done(index, Some(Stop::Exists));
             }
             tables.pages.insert(page.get(), 0);
-            tables.waiting.remove(&page.get());
         }
         done(range.pages().get(), None)
     }

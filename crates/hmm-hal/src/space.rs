@@ -163,15 +163,16 @@ pub trait AddressSpace: Sync {
 
     /// Moves pages to `to`. One of the two ranges is staging memory. Holes are
     /// skipped and count as done; which those are, ask
-    /// [`AddressSpace::presence`] of the source before. Wakes threads that wait
-    /// for the destination.
+    /// [`AddressSpace::presence`] of the source before. Wakes nobody: the caller
+    /// wakes when it holds no lock any more, or the woken thread could run in
+    /// its place while others wait for the lock.
     fn move_pages(&self, from: PageRange, to: VirtAddr) -> Progress;
 
     /// Places copies of `to.pages()` pages that begin at `from` (engine memory)
-    /// at `to` in a space, and wakes the threads that wait for them.
+    /// at `to` in a space. Wakes nobody.
     fn copy_pages(&self, space: SpaceId, from: VirtAddr, to: PageRange) -> Progress;
 
-    /// Places zeroed pages, and wakes the threads that wait for them.
+    /// Places zeroed pages. Wakes nobody.
     fn zero_pages(&self, space: SpaceId, range: PageRange) -> Progress;
 
     /// Marks pages whose data is lost: touching one raises SIGBUS instead of

@@ -32,6 +32,10 @@ pub(crate) const PAGEMAP_SCAN: Opcode = opcode::read_write::<pm_scan_arg>(b'f', 
 pub(crate) const PROCMAP_QUERY: Opcode = opcode::read_write::<procmap_query>(b'f', 17);
 
 pub(crate) const MOVE_MODE_DONTWAKE: u64 = 1;
+/// Place a copy without waking who waits for the page.
+pub(crate) const COPY_MODE_DONTWAKE: u64 = 1;
+/// Place a zeroed page without waking who waits for it.
+pub(crate) const ZEROPAGE_MODE_DONTWAKE: u64 = 1;
 pub(crate) const MOVE_MODE_ALLOW_SRC_HOLES: u64 = 2;
 pub(crate) const WRITEPROTECT_MODE_WP: u64 = 1;
 pub(crate) const WRITEPROTECT_MODE_DONTWAKE: u64 = 2;

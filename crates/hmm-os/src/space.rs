@@ -365,15 +365,14 @@ impl AddressSpace for LinuxSpace {
         if !self.capabilities.move_pages {
             return stopped(Stop::Incompatible);
         }
-        let outwards = parts
-            .staging
-            .contains(PageRange::from_pages(to, from.pages()));
         debug_assert!(
-            outwards || parts.staging.contains(from),
+            parts
+                .staging
+                .contains(PageRange::from_pages(to, from.pages()))
+                || parts.staging.contains(from),
             "neither {from} nor {to} is staging memory"
         );
-        // Nobody waits for a page of staging memory.
-        parts.uffd.move_pages(from, to, !outwards)
+        parts.uffd.move_pages(from, to)
     }
 
     fn copy_pages(&self, space: SpaceId, from: VirtAddr, to: PageRange) -> Progress {

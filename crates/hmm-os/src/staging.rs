@@ -132,7 +132,7 @@ fn fill(slot: PageRange, fresh: PageRange, uffd: &Uffd) -> bool {
         let from = fresh.slice(done, total - done);
         let to = slot.slice(done, total - done);
         let Progress { done: more, stop } = if uffd.features() & FEATURE_MOVE != 0 {
-            uffd.move_pages(from, to.start(), false)
+            uffd.move_pages(from, to.start())
         } else {
             uffd.copy(from.start(), to)
         };

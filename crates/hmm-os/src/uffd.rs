@@ -193,15 +193,14 @@ impl Uffd {
         unsafe { abi::ioctl(self.as_fd(), abi::UFFDIO_UNREGISTER, &mut argument) }.map(drop)
     }
 
-    /// Moves pages; holes count as done. `wake` also wakes who waits for them.
-    pub(crate) fn move_pages(&self, from: PageRange, to: VirtAddr, wake: bool) -> Progress {
-        let wake_mode = if wake { 0 } else { abi::MOVE_MODE_DONTWAKE };
+    /// Moves pages; holes count as done. Wakes nobody.
+    pub(crate) fn move_pages(&self, from: PageRange, to: VirtAddr) -> Progress {
         let progress = advance(from.pages(), |first, pages| {
             let mut argument = abi::uffdio_move {
                 dst: to.plus_pages(first).get(),
                 src: from.start().plus_pages(first).get(),
                 len: pages * PAGE_SIZE,
-                mode: abi::MOVE_MODE_ALLOW_SRC_HOLES | wake_mode,
+                mode: abi::MOVE_MODE_ALLOW_SRC_HOLES | abi::MOVE_MODE_DONTWAKE,
                 move_: 0,
             };
             // SAFETY: one of the ranges is staging memory and the other one is
@@ -213,14 +212,14 @@ impl Uffd {
         progress
     }
 
-    /// Places copies of the pages at `from`.
+    /// Places copies of the pages at `from`. Wakes nobody.
     pub(crate) fn copy(&self, from: VirtAddr, to: PageRange) -> Progress {
         let progress = advance(to.pages(), |first, pages| {
             let mut argument = abi::uffdio_copy {
                 dst: to.start().plus_pages(first).get(),
                 src: from.plus_pages(first).get(),
                 len: pages * PAGE_SIZE,
-                mode: 0,
+                mode: abi::COPY_MODE_DONTWAKE,
                 copy: 0,
             };
             // SAFETY: only holes of a registered range are filled; the kernel
@@ -232,12 +231,12 @@ impl Uffd {
         progress
     }
 
-    /// Places zeroed pages.
+    /// Places zeroed pages. Wakes nobody.
     pub(crate) fn zero(&self, range: PageRange) -> Progress {
         let progress = advance(range.pages(), |first, pages| {
             let mut argument = abi::uffdio_zeropage {
                 range: raw_range(range.slice(first, pages)),
-                mode: 0,
+                mode: abi::ZEROPAGE_MODE_DONTWAKE,
                 zeropage: 0,
             };
             // SAFETY: only holes of a registered range are filled.

@@ -5,6 +5,7 @@ use hmm_types::{Access, DeviceId, PageRange, VirtAddr};
 
 use crate::actor::{Actor, Kind, Piece, Task, Then, Touching};
 use crate::calls::Touch;
+use crate::device::Attempt;
 use crate::engine::EngineUnderTest;
 use crate::oracle::Flux;
 use crate::page::{Payload, ZEROS};
@@ -132,6 +133,7 @@ impl<E: EngineUnderTest> World<E> {
             let mut guard = self.scene();
             let scene = &mut *guard;
             scene.report.device_faults += 1;
+            scene.answers[index] = Some(answer);
             let flux = scene.oracle.flux_at(SpaceId::OWN, address);
             let changed = flux.is_some() || scene.epoch != epoch;
             let allows = |access| scene.oracle.allows(SpaceId::OWN, address, access);
@@ -146,7 +148,9 @@ impl<E: EngineUnderTest> World<E> {
                     scene.report.unreachable += 1;
                     true
                 }
-                Err(DeviceFaultError::DeviceLost) => self.devices[index].is_lost(),
+                Err(DeviceFaultError::DeviceLost) => {
+                    self.devices[index].is_lost() || scene.oracle.is_lost(SpaceId::OWN, address)
+                }
                 Err(DeviceFaultError::ShuttingDown) if scene.fork_guard => return task,
                 Err(_) => false,
             };
@@ -178,12 +182,20 @@ impl<E: EngineUnderTest> World<E> {
             return Some(None);
         }
         let mut seen = ZEROS;
-        let done = self.devices[index].touch(address, access, &mut |data| {
+        let attempt = self.devices[index].attempt(address, access, &mut |data| {
             action.apply(offset, data);
             seen = *data;
         });
-        if !done {
-            return Some(Some(scene.epoch));
+        match attempt {
+            Attempt::Done => {}
+            Attempt::Faults => return Some(Some(scene.epoch)),
+            Attempt::Stopped => return Some(None),
+            Attempt::Poisoned => {
+                if !scene.oracle.is_lost(space, address) {
+                    scene.fail(format!("device {index}: {action:?} at {address} is a SIGBUS"));
+                }
+                return None;
+            }
         }
         scene.report.device_accesses += 1;
         if scene.oracle.page(space, address).is_none() {
@@ -231,24 +243,32 @@ impl<E: EngineUnderTest> World<E> {
             {
                 return Task::Discard(Some(piece), rest);
             }
-            self.orphan_pins(piece.range, space);
-            self.space.zap(space, piece.range);
-            let mut scene = self.scene();
-            scene.oracle.zero(space, piece.range);
-            scene.oracle.settle(piece.change);
+            self.zap(space, piece.range);
+            self.scene().oracle.settle(piece.change);
         }
         let Some(range) = rest else { return Task::Idle };
         let Some((part, ticket)) = self.space.dontneed(space, range) else {
             return Task::Idle;
         };
+        let rest = (part.end() < range.end()).then(|| PageRange::span(part.end(), range.end()));
+        if ticket.is_none() {
+            // Nobody is told, so the kernel does not let go of its lock.
+            self.zap(space, part);
+            return Task::Discard(None, rest);
+        }
         let change = self.scene().oracle.begin(space, part, Flux::Fading);
         let piece = Piece {
             range: part,
             ticket,
             change,
         };
-        let rest = (part.end() < range.end()).then(|| PageRange::span(part.end(), range.end()));
         Task::Discard(Some(piece), rest)
+    }
+
+    fn zap(&self, space: SpaceId, range: PageRange) {
+        self.orphan_pins(range, space);
+        self.space.zap(space, range);
+        self.scene().oracle.zero(space, range);
     }
 
     fn touch_pages(&self, thread: u32, range: PageRange, next: u64, why: Touching) -> Task {

@@ -13,6 +13,9 @@ const HUGE_ONCE_IN: u64 = 4;
 /// A remap reports the old range as unmapped, too, once in so many times.
 const UNMAP_AFTER_REMAP_ONCE_IN: u64 = 2;
 
+/// Thread numbers of the devices begin here.
+const DEVICE_THREADS: u32 = 1 << 18;
+
 /// How an access of the CPU ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Touch {
@@ -165,7 +168,15 @@ impl SimSpace {
         }
         if to.start() != from.start() {
             let (_, pages) = own.remove(kept);
-            own.insert(Vma { range: to, ..vma });
+            let told = to.slice(0, kept.pages().get());
+            own.insert(Vma { range: told, ..vma });
+            if told != to {
+                own.insert(Vma {
+                    range: PageRange::span(told.end(), to.end()),
+                    untold: true,
+                    ..vma
+                });
+            }
             for (address, mut page) in pages {
                 page.huge = false;
                 let index = address.pages_since(kept.start());
@@ -183,6 +194,7 @@ impl SimSpace {
             let grown = PageRange::span(kept.end(), to.end());
             own.insert(Vma {
                 range: grown,
+                untold: true,
                 ..vma
             });
         }
@@ -260,30 +272,17 @@ impl SimSpace {
         self.state().touch(space, thread, address, access, edit)
     }
 
-    /// A device's access in place. False when it faults.
+    /// A device's access in place: its own thread touches the memory.
     pub fn touch_in_place(
         &self,
-        page: VirtAddr,
+        device: usize,
+        address: VirtAddr,
         access: Access,
         edit: &mut dyn FnMut(&mut Payload),
-    ) -> bool {
-        let mut state = self.state();
-        let own = state.own();
-        let allowed = own
-            .vma_at(page)
-            .is_some_and(|vma| vma.permissions.allow(access));
-        let entry = own.pages.get_mut(&page);
-        let Some(entry) = entry.filter(|entry| allowed && !entry.poisoned) else {
-            return false;
-        };
-        if access == Access::Write {
-            if entry.write_protected {
-                return false;
-            }
-            entry.cow_shared = false;
-        }
-        edit(&mut entry.data);
-        true
+    ) -> Touch {
+        let thread = DEVICE_THREADS + u32::try_from(device).unwrap_or(0);
+        self.state()
+            .touch(SpaceId::OWN, thread, address, access, edit)
     }
 
     /// Changes what a range allows. The kernel tells nobody.
@@ -349,12 +348,21 @@ impl SimSpace {
     /// Whether somebody would stop at a hole of the space: it is registered.
     #[must_use]
     pub fn is_watched(&self, space: SpaceId) -> bool {
-        let mut state = self.state();
-        let State { memories, .. } = &mut *state;
-        memories.get(&space).is_some_and(|memory| {
-            let program = PageRange::span(VirtAddr::new(4096), crate::space::ARENA_END);
-            memory.overlapping(program).any(|vma| vma.registered)
-        })
+        !self.watched(space).is_empty()
+    }
+
+    /// What of the space is registered.
+    #[must_use]
+    pub fn watched(&self, space: SpaceId) -> Vec<PageRange> {
+        let state = self.state();
+        let program = PageRange::span(VirtAddr::new(4096), crate::space::ARENA_END);
+        let memory = state.memories.get(&space);
+        memory
+            .into_iter()
+            .flat_map(|memory| memory.overlapping(program))
+            .filter(|vma| vma.registered && !vma.untold)
+            .map(|vma| vma.range)
+            .collect()
     }
 
     /// What a page holds, without touching it: `None` for a hole.

@@ -9,6 +9,7 @@ use hmm_types::{
     Access, ByteCount, FrameId, FrameRange, PAGE_SIZE, PageCount, PageRange, VirtAddr,
 };
 
+use crate::calls::Touch;
 use crate::config::{Rates, SimConfig};
 use crate::frames::Frames;
 use crate::hook::HookPoint;
@@ -17,7 +18,7 @@ use crate::page::{Payload, SIM_PAGE_BYTES, ZEROS};
 use crate::rng::SimRng;
 use crate::space::SimSpace;
 
-/// Reading a frame fails at most so often in a row.
+/// Reading a frame fails at most so often until it is freed.
 const MAX_MISREADS: u32 = 2;
 
 #[derive(Clone, Copy, Debug)]
@@ -37,6 +38,19 @@ struct Job {
     fence: Fence,
     depth: u32,
     transfers: Vec<Transfer>,
+}
+
+/// How an access of a kernel went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Attempt {
+    /// It happened.
+    Done,
+    /// The device asks the engine.
+    Faults,
+    /// In place: the device waits like a thread of the program.
+    Stopped,
+    /// In place: the data is lost.
+    Poisoned,
 }
 
 /// What a device has done.
@@ -66,7 +80,7 @@ struct DeviceState {
     /// nesting at which they were made: whoever waits at that depth made them.
     failed: Vec<(Fence, u32)>,
     lost: bool,
-    /// How often in a row reading a frame has failed.
+    /// How often reading a frame has failed since it was allocated.
     misread: BTreeMap<FrameId, u32>,
     counters: DeviceCounters,
 }
@@ -77,6 +91,7 @@ struct DeviceState {
 pub struct SimDevice {
     space: SimSpace,
     info: DeviceInfo,
+    index: usize,
     state: Arc<Mutex<DeviceState>>,
 }
 
@@ -86,6 +101,7 @@ impl SimDevice {
     pub fn new(config: &SimConfig, index: usize, space: &SimSpace) -> Self {
         Self {
             space: space.clone(),
+            index,
             info: DeviceInfo {
                 name: "simulated",
                 memory: ByteCount::new(u64::from(config.frames) * PAGE_SIZE),
@@ -115,33 +131,47 @@ impl SimDevice {
         self.state.lock()
     }
 
-    /// One access of a kernel; `edit` sees the page's bytes. False when the
-    /// device faults.
+    /// One access of a kernel; `edit` sees the page's bytes. False when it did
+    /// not happen.
     pub fn touch(
         &self,
         address: VirtAddr,
         access: Access,
         edit: &mut dyn FnMut(&mut Payload),
     ) -> bool {
+        self.attempt(address, access, edit) == Attempt::Done
+    }
+
+    pub(crate) fn attempt(
+        &self,
+        address: VirtAddr,
+        access: Access,
+        edit: &mut dyn FnMut(&mut Payload),
+    ) -> Attempt {
         let mut state = self.state();
         if state.lost {
-            return false;
+            return Attempt::Faults;
         }
         let Some(&entry) = state.table.get(&address.page_floor()) else {
-            return false;
+            return Attempt::Faults;
         };
         if access == Access::Write && entry.access == Access::Read {
-            return false;
+            return Attempt::Faults;
         }
         match entry.target {
             Target::Frame(frame) => {
                 state.counters.frame_accesses += 1;
                 edit(state.frames.data(frame));
-                true
+                Attempt::Done
             }
             Target::Host(page) => {
                 state.counters.host_accesses += 1;
-                self.space.touch_in_place(page, access, edit)
+                match self.space.touch_in_place(self.index, page, access, edit) {
+                    Touch::Done => Attempt::Done,
+                    Touch::Stopped => Attempt::Stopped,
+                    Touch::Segv => Attempt::Faults,
+                    Touch::Sigbus => Attempt::Poisoned,
+                }
             }
         }
     }
@@ -252,8 +282,8 @@ impl DeviceState {
                 let scrambled = self.rng.one_in(once_in) && self.may_fail(transfer);
                 ok &= self.transfer(space, transfer, scrambled);
             }
-            self.note_reads(&job.transfers, ok);
             if !ok {
+                self.note_misreads(&job.transfers);
                 self.failed.push((job.fence, job.depth));
             }
         }
@@ -272,15 +302,10 @@ impl DeviceState {
         })
     }
 
-    fn note_reads(&mut self, transfers: &[Transfer], ok: bool) {
+    fn note_misreads(&mut self, transfers: &[Transfer]) {
         for transfer in transfers {
-            let Transfer::ToHost { frames, .. } = transfer else {
-                continue;
-            };
-            for frame in frames.iter() {
-                if ok {
-                    self.misread.remove(&frame);
-                } else {
+            if let Transfer::ToHost { frames, .. } = transfer {
+                for frame in frames.iter() {
                     *self.misread.entry(frame).or_default() += 1;
                 }
             }
@@ -358,6 +383,9 @@ impl Device for SimDevice {
             }
         }
         state.frames.free(frames);
+        for frame in frames.iter() {
+            state.misread.remove(&frame);
+        }
     }
 
     fn free_pages(&self) -> PageCount {
@@ -405,7 +433,7 @@ impl Device for SimDevice {
         }
         let once_in = state.rates.submit_fails;
         if state.rng.one_in(once_in) && transfers.iter().all(|&it| state.may_fail(it)) {
-            state.note_reads(transfers, false);
+            state.note_misreads(transfers);
             return Err(DeviceError::CopyFailed);
         }
         let fence = Fence(state.next_fence);

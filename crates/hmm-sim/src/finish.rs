@@ -95,7 +95,10 @@ impl<E: EngineUnderTest> World<E> {
         for space in spaces {
             if clean && self.space.is_watched(space) {
                 self.scene()
-                    .fail(format!("after shutdown: {space:?} is still registered"));
+                    .fail(format!(
+                        "after shutdown: {space:?} is still registered: {:?}",
+                        self.space.watched(space)
+                    ));
             }
         }
     }

@@ -33,6 +33,9 @@ pub(crate) struct Vma {
     pub foreign: bool,
     pub engine_owned: bool,
     pub dont_fork: bool,
+    /// Registered because mremap added it to a registered mapping: the kernel
+    /// does not say so.
+    pub untold: bool,
     pub wipe_on_fork: bool,
 }
 
@@ -47,6 +50,7 @@ impl Vma {
             foreign: false,
             engine_owned: false,
             dont_fork: false,
+            untold: false,
             wipe_on_fork: false,
         }
     }
@@ -216,6 +220,7 @@ impl Memory {
                 range.start(),
                 Vma {
                     registered: vma.registered && registered_in_child,
+                    untold: false,
                     locked: false,
                     ..*vma
                 },

@@ -69,11 +69,6 @@ impl State {
                 break;
             }
         }
-        if let Some(done) =
-            (progress.done > PageCount::ZERO).then(|| PageRange::from_pages(to, progress.done))
-        {
-            self.queue.wake(SpaceId::OWN, done);
-        }
         progress
     }
 
@@ -151,10 +146,6 @@ impl State {
                 progress = stopped(index, stop);
                 break;
             }
-        }
-        if progress.done > PageCount::ZERO {
-            let done = PageRange::from_pages(to.start(), progress.done);
-            self.queue.wake(space, done);
         }
         progress
     }

@@ -37,6 +37,7 @@ const NESTED_LOOKS: u32 = 40;
 /// Thread numbers of the engine's own threads begin here.
 const ENGINE_THREADS: u32 = 1 << 16;
 const EINTR: i32 = 4;
+const ENOMEM: i32 = 12;
 const EFAULT: i32 = 14;
 const EINVAL: i32 = 22;
 
@@ -333,7 +334,10 @@ impl AddressSpace for SimSpace {
         if !suits || !own.covered(range) {
             return Err(RegisterError::Unsuitable);
         }
-        own.change(range, |vma| vma.registered = true);
+        own.change(range, |vma| {
+            vma.registered = true;
+            vma.untold = false;
+        });
         Ok(())
     }
 
@@ -348,10 +352,12 @@ impl AddressSpace for SimSpace {
     }
 
     fn move_pages(&self, from: PageRange, to: VirtAddr) -> Progress {
-        assert!(
-            self.shared.capabilities.move_pages,
-            "pages cannot be moved on this kernel"
-        );
+        if !self.shared.capabilities.move_pages {
+            return Progress {
+                done: PageCount::ZERO,
+                stop: Some(Stop::Incompatible),
+            };
+        }
         self.state().move_pages(from, to)
     }
 
@@ -408,12 +414,13 @@ impl AddressSpace for SimSpace {
     }
 
     fn discard(&self, range: PageRange) -> Result<(), SpaceError> {
+        let refuses = |errno| SpaceError {
+            operation: "madvise(MADV_DONTNEED)",
+            errno,
+        };
+        let mut all_there = self.state().own().covered(range);
         let parts: Vec<_> = self.state().own().overlapping(range).collect();
         for vma in parts {
-            let refuses = |errno| SpaceError {
-                operation: "madvise(MADV_DONTNEED)",
-                errno,
-            };
             if vma.locked {
                 return Err(refuses(EINVAL));
             }
@@ -436,9 +443,15 @@ impl AddressSpace for SimSpace {
                 });
                 self.hook(HookPoint::Discard);
             }
-            self.state().own().zap(vma.range);
+            let mut state = self.state();
+            all_there &= state.own().covered(vma.range);
+            state.own().zap(vma.range);
         }
-        Ok(())
+        if all_there {
+            Ok(())
+        } else {
+            Err(refuses(ENOMEM))
+        }
     }
 
     fn unshare(&self, range: PageRange) -> Result<(), SpaceError> {

@@ -60,6 +60,10 @@ impl<E: EngineUnderTest> World<E> {
                 Task::Idle
             }
             Op::Protect(range, permissions) => {
+                if !permissions.write {
+                    // Such pages leave by copy and drop, which sees no pins.
+                    self.orphan_pins(range, space);
+                }
                 self.space.mprotect(range, permissions);
                 let mut scene = self.scene();
                 scene.epoch += 1;
@@ -197,6 +201,7 @@ impl<E: EngineUnderTest> World<E> {
     fn lose(&self, device: DeviceId) -> Task {
         self.devices[device.index()].lose();
         let mut scene = self.scene();
+        scene.report.losses += 1;
         for space in scene.oracle.spaces() {
             let holes: Vec<_> = scene
                 .oracle

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
-use hmm_hal::SpaceId;
+use hmm_hal::{DeviceFaultError, Resolution, SpaceId};
 use hmm_types::{PageCount, VirtAddr};
 
 use crate::actor::{Actor, Kind, Task};
@@ -46,6 +46,8 @@ pub struct Report {
     pub unreachable: u64,
     /// Forks.
     pub forks: u64,
+    /// Devices that were lost.
+    pub losses: u64,
     /// Pages copied to devices.
     pub to_device: PageCount,
     /// Pages copied back.
@@ -68,6 +70,7 @@ impl Report {
         self.device_faults += other.device_faults;
         self.unreachable += other.unreachable;
         self.forks += other.forks;
+        self.losses += other.losses;
         self.to_device += other.to_device;
         self.to_host += other.to_host;
         self.frame_accesses += other.frame_accesses;
@@ -114,6 +117,8 @@ pub(crate) struct Scene {
     pub fork_guard: bool,
     /// For each device the epoch in which its kernel began.
     pub begun: Vec<u64>,
+    /// For each device what the engine last said about a fault of it.
+    pub answers: Vec<Option<Result<Resolution, DeviceFaultError>>>,
     log: Vec<String>,
     failure: Option<String>,
 }
@@ -217,6 +222,7 @@ impl<E: EngineUnderTest> World<E> {
                 closing: false,
                 fork_guard: false,
                 begun: vec![0; config.devices],
+                answers: vec![None; config.devices],
                 log: Vec::new(),
                 failure: None,
             }),
@@ -381,6 +387,9 @@ impl<E: EngineUnderTest> World<E> {
             .filter(|actor| !matches!(actor.task, Task::Idle | Task::Gone))
             .map(|actor| format!("{}: {:?}", actor.kind, actor.task))
             .collect();
-        scene.fail(format!("somebody waits for ever: {stuck:?}; {waits}"));
+        let answers = format!("{:?}", scene.answers);
+        scene.fail(format!(
+            "somebody waits for ever: {stuck:?}; {waits}; faults of devices: {answers}"
+        ));
     }
 }

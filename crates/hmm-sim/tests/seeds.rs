@@ -1,0 +1,30 @@
+//! The engine keeps the program's data on the simulated machine.
+
+use hmm_sim::{CoreEngine, SimConfig, run};
+
+const SEEDS: u64 = 300;
+const OPS: u64 = 400;
+
+#[test]
+fn the_engine_is_right_for_many_programs() {
+    let mut evicted = 0;
+    for seed in 0..SEEDS {
+        match run::<CoreEngine>(&SimConfig::from_seed(seed, OPS)) {
+            Ok(report) => evicted += report.engine["evicted_pages"],
+            Err(failure) => panic!(
+                "seed {seed}: {}\nreplay: cargo run --release -p hmm-sim -- --seed {seed} --ops {OPS}",
+                failure.message
+            ),
+        }
+    }
+    assert!(evicted > 0, "no program of {SEEDS} filled a device");
+}
+
+#[test]
+fn a_seed_of_the_engine_replays() {
+    for seed in 0..20 {
+        let config = SimConfig::from_seed(seed, OPS);
+        let twice = [(); 2].map(|()| run::<CoreEngine>(&config).map_err(|it| it.message));
+        assert_eq!(twice[0], twice[1], "seed {seed}");
+    }
+}
