@@ -83,7 +83,10 @@ impl Engine<'_> {
                     continue;
                 }
                 let source = match inner.state(index) {
+                    // One that is being dropped may be there in the child, or not.
                     PageState::Device { device, frame }
+                    | PageState::Dropping { device, frame }
+                    | PageState::Dropped { device, frame }
                     | PageState::Downloading { device, frame }
                     | PageState::Transferring { device, frame } => {
                         self.share(device, frame);
@@ -96,8 +99,6 @@ impl Engine<'_> {
                     PageState::System
                     | PageState::Discarded
                     | PageState::Copying
-                    | PageState::Dropping
-                    | PageState::Dropped
                     | PageState::Uploading { source: None } => continue,
                 };
                 owed.push(Owed { page, source });
@@ -340,7 +341,11 @@ impl Engine<'_> {
 
     /// Places copied pages in a child, those that are still owed as they were.
     /// False when one of its events must be read first.
+    ///
+    /// Under the gate: the child may fork, and what it is owed at that moment
+    /// must be what its page table lacked.
     fn place_in_child(&self, space: SpaceId, run: &[Option<Owed>], bounce: VirtAddr) -> bool {
+        let _gate = self.gate.read();
         let mut children = self.children.lock();
         let Some(child) = children.get(space) else {
             return true;
@@ -371,6 +376,7 @@ impl Engine<'_> {
         let mut given = 0;
         while given < pages {
             let next = {
+                let _gate = self.gate.read();
                 let mut children = self.children.lock();
                 let Some(child) = children.0.first() else {
                     self.owing.store(false, Release);

@@ -9,6 +9,7 @@ use hmm_types::{
 
 use crate::engine::{AGAIN_LIMIT, Engine};
 use crate::executor::Executor;
+use crate::home::Home;
 use crate::page::PageState;
 use crate::readahead::Plan;
 use crate::report::MigrationReport;
@@ -71,7 +72,11 @@ impl Engine<'_> {
             Found::InFlight => Ok(Resolution::Retry),
             Found::Lost => Err(DeviceFaultError::DeviceLost),
             Found::Unshare(page) => {
+                let Some(departure) = self.depart() else {
+                    return Err(DeviceFaultError::ShuttingDown);
+                };
                 let passed = self.step_between_devices(executor, page, device, target);
+                drop(departure);
                 match passed.fate {
                     Fate::Stayed(StayReason::DeviceLost) => {
                         return Err(DeviceFaultError::DeviceLost);
@@ -80,7 +85,7 @@ impl Engine<'_> {
                     Fate::Stayed(StayReason::NoDeviceMemory)
                         if !self.make_room(executor, device, page) =>
                     {
-                        self.step_home(executor, page, None, None);
+                        self.step_home(executor, page, Home::ahead());
                     }
                     _ => {}
                 }
@@ -157,7 +162,7 @@ impl Engine<'_> {
             }
         };
         // On another device, which cannot be used in place.
-        self.step_home(executor, page, None, None);
+        self.step_home(executor, page, Home::ahead());
         self.map_in_place(page, target)
             .ok_or(DeviceFaultError::Unreachable { address, reason })
     }

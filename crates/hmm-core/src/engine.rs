@@ -93,6 +93,9 @@ pub struct Engine<'env> {
     pub(crate) owing: AtomicBool,
     control: Mutex<()>,
     closing: AtomicBool,
+    paused: AtomicBool,
+    /// Steps under way that take pages out of system memory.
+    departing: AtomicU64,
     /// Counts ended transitions; who met a page in flight waits for the next.
     progress: Mutex<u64>,
     progressed: Condvar,
@@ -134,6 +137,8 @@ impl<'env> Engine<'env> {
             owing: AtomicBool::new(false),
             control: Mutex::new(Rank::Control, ()),
             closing: AtomicBool::new(false),
+            paused: AtomicBool::new(false),
+            departing: AtomicU64::new(0),
             progress: Mutex::new(Rank::Queue, 0),
             progressed: Condvar::new(),
             waiters: AtomicU64::new(0),
@@ -187,7 +192,8 @@ impl<'env> Engine<'env> {
     /// Refuses new work and brings everything home. True when all pages are in
     /// system memory and no child depends on the engine any more.
     pub fn shut_down(&self, executor: &mut Executor) -> bool {
-        self.closing.store(true, Ordering::Release);
+        self.closing.store(true, Ordering::SeqCst);
+        self.wait_for_departures();
         let home = self.bring_all_home(executor, None);
         let clean = home & self.drain_children(executor, u64::MAX);
         if clean {
@@ -221,17 +227,57 @@ impl<'env> Engine<'env> {
 
     /// Refuses new work from now on; [`Engine::shut_down`] does the rest.
     pub fn begin_shut_down(&self) {
-        self.closing.store(true, Ordering::Release);
+        self.closing.store(true, Ordering::SeqCst);
+    }
+
+    /// Lets no page leave system memory until [`Engine::resume`]; what is under
+    /// way has ended when this returns. Requests and device faults wait.
+    pub fn pause(&self) {
+        self.paused.store(true, Ordering::SeqCst);
+        self.wait_for_departures();
+    }
+
+    /// The opposite of [`Engine::pause`].
+    pub fn resume(&self) {
+        self.paused.store(false, Ordering::SeqCst);
+        self.transition_ended();
+    }
+
+    fn wait_for_departures(&self) {
+        // Where nothing runs at the same time there is nobody to wait for.
+        while self.space.may_sleep() && self.departing.load(Ordering::SeqCst) > 0 {
+            self.space.relax();
+        }
+    }
+
+    /// Leave to take pages out of system memory; waits while that is paused.
+    /// `None` when the engine shuts down.
+    pub(crate) fn depart(&self) -> Option<Departure<'_>> {
+        loop {
+            self.departing.fetch_add(1, Ordering::SeqCst);
+            let departure = Departure(&self.departing);
+            if self.is_closing() {
+                return None;
+            }
+            if !self.paused.load(Ordering::SeqCst) {
+                return Some(departure);
+            }
+            drop(departure);
+            if !self.space.may_sleep() {
+                return None;
+            }
+            self.wait_for_transition();
+        }
     }
 
     pub(crate) fn is_closing(&self) -> bool {
-        self.closing.load(Ordering::Acquire)
+        self.closing.load(Ordering::SeqCst)
     }
 
     /// Makes the engine accept work again after everything was brought home,
     /// for instance around a fork that the kernel does not report.
     pub fn reopen(&self) {
-        self.closing.store(false, Ordering::Release);
+        self.closing.store(false, Ordering::SeqCst);
     }
 
     /// A logical time for recency of use.
@@ -340,5 +386,15 @@ impl<'env> Engine<'env> {
     /// When one is broken.
     pub fn check(&self) {
         self.gate.read().check();
+    }
+}
+
+/// Leave to take pages out of system memory, while it lives.
+#[derive(Debug)]
+pub(crate) struct Departure<'a>(&'a AtomicU64);
+
+impl Drop for Departure<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }

@@ -138,7 +138,14 @@ impl Engine<'_> {
     /// madvise: the pages are about to be dropped, the mapping stays. The
     /// kernel drops them *after* this event has been read: see
     /// [`PageState::Discarded`].
-    fn remove(&self, map: &SpaceMap, range: PageRange) {
+    ///
+    /// Memory can be registered and have no pieces yet, where a mapping grew:
+    /// it gets them now, or a page of it could be taken before it is dropped.
+    fn remove(&self, map: &mut SpaceMap, range: PageRange) {
+        if self.is_staging(range.start()) {
+            return;
+        }
+        assert!(map.insert(range), "more mappings than the engine can watch");
         for piece in map.overlapping(range) {
             let mut inner = map.block(piece.block).lock();
             self.drop_pages(&mut inner, piece, PageState::Discarded);
@@ -173,10 +180,10 @@ impl Engine<'_> {
                     self.staging.lock().put(page, true);
                     inner.set(index, state);
                 }
-                PageState::Dropping if state == PageState::Discarded => {
+                PageState::Dropping { device, frame } if state == PageState::Discarded => {
                     let parked = inner.entry(index).parked();
                     let doomed = inner.entry(index).doomed();
-                    inner.set(index, PageState::Dropped);
+                    inner.set(index, PageState::Dropped { device, frame });
                     if parked {
                         inner.park(index);
                     }
@@ -185,8 +192,8 @@ impl Engine<'_> {
                     }
                 }
                 PageState::Copying
-                | PageState::Dropping
-                | PageState::Dropped
+                | PageState::Dropping { .. }
+                | PageState::Dropped { .. }
                 | PageState::Uploading { .. }
                 | PageState::Downloading { .. }
                 | PageState::Transferring { .. } => {

@@ -6,6 +6,7 @@ use hmm_types::{DeviceId, PageRange, VirtAddr};
 
 use crate::engine::{BUSY_LIMIT, Engine};
 use crate::executor::Executor;
+use crate::home::Home;
 use crate::page::PageState;
 
 impl Engine<'_> {
@@ -25,7 +26,7 @@ impl Engine<'_> {
         let mut moved = 0;
         while from < victim.end() {
             let rest = PageRange::span(from, victim.end());
-            let step = self.step_home(executor, rest, Some(device), None);
+            let step = self.step_home(executor, rest, Home::ahead().only(Some(device)));
             moved += step.moved;
             from = from.plus_pages(step.passed.max(1));
         }
@@ -61,7 +62,7 @@ impl Engine<'_> {
         let mut cursor = VirtAddr::new(0);
         let mut rounds = 0;
         while let Some(range) = self.next_away(cursor) {
-            let step = self.step_home(executor, range, only, None);
+            let step = self.step_home(executor, range, Home::ahead().only(only));
             if step.busy > 0 && rounds < BUSY_LIMIT * 16 {
                 rounds += 1;
                 self.wait_for_transition();

@@ -64,7 +64,7 @@ impl Engine<'_> {
         }
         let frames = frames.slice(0, flight.pages);
         let passed = match self.copy_protected(executor, &flight, place, frames, target.device) {
-            Ok(()) if self.drop_protected(&flight) => {
+            Ok(()) if self.drop_protected(&flight, place, frames, target.device) => {
                 self.stats
                     .fallback_pages
                     .fetch_add(u64::from(flight.pages), Relaxed);
@@ -130,6 +130,11 @@ impl Engine<'_> {
             let _ = self.space.write_protect(range, false);
             return Err(stayed(StayReason::Limit));
         }
+        if !self.space.is_quiet() {
+            // What was seen may be somewhere else by now. A protection that
+            // stays behind costs a fault.
+            return Err(None);
+        }
         self.invalidate(inner, range);
         let pages = u32::try_from(here).unwrap_or(0);
         for index in piece.first..piece.first + pages {
@@ -188,14 +193,25 @@ impl Engine<'_> {
         })
     }
 
-    /// Drops the copied pages from the program. False when the kernel refuses.
-    fn drop_protected(&self, flight: &Flight) -> bool {
+    /// Drops the copied pages from the program. False when the kernel refuses,
+    /// or when the pages have been remapped since they were claimed: then what
+    /// was copied may be something else.
+    fn drop_protected(
+        &self,
+        flight: &Flight,
+        claimed: PageRange,
+        frames: FrameRange,
+        device: DeviceId,
+    ) -> bool {
         let mut offset = 0;
         while offset < flight.pages {
-            let Some((place, pages)) = self.mark_dropping(flight, offset) else {
+            let Some((place, pages)) = self.mark_dropping(flight, offset, frames, device) else {
                 offset += 1;
                 continue;
             };
+            if place.start() != claimed.start().plus_pages(u64::from(offset)) {
+                return false;
+            }
             hmm_sync::assert_none_held();
             if self.space.discard(place).is_err() {
                 return false;
@@ -206,7 +222,13 @@ impl Engine<'_> {
     }
 
     /// The next pages that are still wanted and lie together.
-    fn mark_dropping(&self, flight: &Flight, offset: u32) -> Option<(PageRange, u32)> {
+    fn mark_dropping(
+        &self,
+        flight: &Flight,
+        offset: u32,
+        frames: FrameRange,
+        device: DeviceId,
+    ) -> Option<(PageRange, u32)> {
         let map = self.gate.read();
         let block = map.block(flight.block);
         let mut inner = block.lock();
@@ -219,9 +241,11 @@ impl Engine<'_> {
             return None;
         }
         let pages = u32::try_from(place.pages().get()).unwrap_or(1);
-        for index in index..index + pages {
+        for page in 0..pages {
+            let index = index + page;
+            let frame = frames.frame(offset + page);
             let parked = inner.entry(index).parked();
-            inner.set(index, PageState::Dropping);
+            inner.set(index, PageState::Dropping { device, frame });
             if parked {
                 inner.park(index);
             }
@@ -284,8 +308,8 @@ impl Engine<'_> {
                 return false;
             }
         }
-        if entry.state() == PageState::Dropped && !entry.doomed() && !there {
-            let frame = frames.frame(offset);
+        let dropped = !entry.doomed() && !there;
+        if let (PageState::Dropped { device, frame }, true) = (entry.state(), dropped) {
             inner.set(index, PageState::Device { device, frame });
         } else if entry.state().in_flight() {
             slot.free(frames.slice(offset, 1));

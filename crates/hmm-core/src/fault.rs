@@ -111,8 +111,8 @@ impl Engine<'_> {
                 })
             }
             PageState::Copying
-            | PageState::Dropping
-            | PageState::Dropped
+            | PageState::Dropping { .. }
+            | PageState::Dropped { .. }
             | PageState::Uploading { .. }
             | PageState::Downloading { .. }
             | PageState::Transferring { .. } => {

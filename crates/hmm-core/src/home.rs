@@ -43,6 +43,50 @@ pub(crate) struct Step {
     pub(crate) stuck: Option<(PageRange, StayReason)>,
 }
 
+/// How a step is to be done.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Home {
+    /// Only pages on this device.
+    only: Option<DeviceId>,
+    /// A CPU thread waits for this page: if it cannot be read from its device
+    /// any more it is poisoned; others stay there.
+    demand: Option<VirtAddr>,
+    /// End before a page that is in flight, so that the caller can wait for it.
+    stops_at_flights: bool,
+}
+
+impl Home {
+    /// Whatever can come, passing over pages in flight.
+    pub(crate) const fn ahead() -> Self {
+        Self {
+            only: None,
+            demand: None,
+            stops_at_flights: false,
+        }
+    }
+
+    /// For a CPU thread that waits for the page at `address`.
+    pub(crate) const fn demanded(address: VirtAddr) -> Self {
+        Self {
+            demand: Some(address),
+            ..Self::ahead()
+        }
+    }
+
+    /// For a request, which accounts for every page.
+    pub(crate) const fn request() -> Self {
+        Self {
+            stops_at_flights: true,
+            ..Self::ahead()
+        }
+    }
+
+    /// Only pages on one device, if one is given.
+    pub(crate) const fn only(self, only: Option<DeviceId>) -> Self {
+        Self { only, ..self }
+    }
+}
+
 /// Pages of a block whose states are `Downloading`, owned by the step.
 struct Claim {
     block: BlockId,
@@ -123,15 +167,15 @@ impl Engine<'_> {
         let mut came = false;
         while from < window.end() {
             let rest = PageRange::span(from, window.end());
-            let step = self.step_home(executor, rest, None, None);
+            let step = self.step_home(executor, rest, Home::ahead());
             let next = from.plus_pages(step.passed.max(1));
             came |= (from..next).contains(&page) && step.moved == step.passed;
             from = next;
         }
         if !came {
             // Alone: what cannot be read now is lost.
-            let page = PageRange::from_pages(page, PageCount::ONE);
-            came = self.step_home(executor, page, None, Some(page.start())).moved > 0;
+            let alone = PageRange::from_pages(page, PageCount::ONE);
+            came = self.step_home(executor, alone, Home::demanded(page)).moved > 0;
         }
         if window.start() < start {
             self.bring_ahead(executor, PageRange::span(window.start(), start));
@@ -145,27 +189,19 @@ impl Engine<'_> {
         let mut from = range.start();
         let mut moved = 0;
         while from < range.end() {
-            let step = self.step_home(executor, PageRange::span(from, range.end()), None, None);
+            let step = self.step_home(executor, PageRange::span(from, range.end()), Home::ahead());
             from = from.plus_pages(step.passed.max(1));
             moved += step.moved;
         }
         moved
     }
 
-    /// One step with the first run of away pages in `range`, on `only` or on
-    /// any device. A CPU thread waits for the page at `demand`: if that cannot be
-    /// read from its device any more it is poisoned; others stay there.
-    pub(crate) fn step_home(
-        &self,
-        executor: &mut Executor,
-        range: PageRange,
-        only: Option<DeviceId>,
-        demand: Option<VirtAddr>,
-    ) -> Step {
+    /// One step with the first run of away pages in `range`.
+    pub(crate) fn step_home(&self, executor: &mut Executor, range: PageRange, home: Home) -> Step {
         let mut step = Step::default();
         let mut attempt = 0;
         let claim = loop {
-            match self.claim_home(range, only, &mut step) {
+            match self.claim_home(range, home, &mut step) {
                 Claimed::Nothing => return step,
                 Claimed::Again => {
                     if !self.wait_for_events(executor, attempt) {
@@ -185,7 +221,7 @@ impl Engine<'_> {
             match self.copy_home(&claim, done, landing) {
                 Ok(()) => step.moved += self.commit_home(executor, &claim, done, landing),
                 Err(error) => {
-                    self.copy_home_failed(&claim, done, landing, error, demand, &mut step);
+                    self.copy_home_failed(&claim, done, landing, error, home.demand, &mut step);
                 }
             }
             done += landing.pages();
@@ -198,7 +234,7 @@ impl Engine<'_> {
 
     /// Finds the first run of pages that are away and claims it. Staged pages
     /// are put back at once: that needs no copy.
-    fn claim_home(&self, range: PageRange, only: Option<DeviceId>, step: &mut Step) -> Claimed {
+    fn claim_home(&self, range: PageRange, home: Home, step: &mut Step) -> Claimed {
         let map = self.gate.read();
         // One block a step: its lock is held while states are looked through.
         let Some(piece) = map.overlapping(range).next() else {
@@ -211,7 +247,7 @@ impl Engine<'_> {
         let inner = &mut *inner;
         let wanted = |state| match state {
             PageState::Device { device, .. } | PageState::Staged { device, .. } => {
-                only.is_none_or(|only| only == device)
+                home.only.is_none_or(|only| only == device)
             }
             _ => false,
         };
@@ -222,6 +258,9 @@ impl Engine<'_> {
         let end = piece.first + piece.pages;
         let mut index = piece.first;
         while index < end && !wanted(inner.state(index)) {
+            if home.stops_at_flights && inner.state(index).in_flight() {
+                return Claimed::Nothing;
+            }
             step.busy += u64::from(inner.state(index).in_flight());
             step.passed += 1;
             index += 1;

@@ -12,6 +12,7 @@ use hmm_types::{
 
 use crate::engine::{BUSY_LIMIT, Engine};
 use crate::executor::Executor;
+use crate::home::Home;
 use crate::page::PageState;
 use crate::report::{Destination, MigrationReport};
 use crate::upload::{Fate, Target};
@@ -47,18 +48,24 @@ impl Engine<'_> {
         let mut from = range.start();
         let mut rounds = 0;
         while from < range.end() {
-            let step = self.step_home(executor, PageRange::span(from, range.end()), None, None);
-            if step.busy > 0 && rounds < BUSY_LIMIT {
-                rounds += 1;
-                report.moved += PageCount::new(step.moved);
-                self.wait_for_transition();
-                continue;
+            let rest = PageRange::span(from, range.end());
+            let step = self.step_home(executor, rest, Home::request());
+            if step.passed == 0 {
+                // The next page is in flight.
+                if rounds < BUSY_LIMIT {
+                    rounds += 1;
+                    self.wait_for_transition();
+                    continue;
+                }
+                report.stay(rest.slice(0, 1), StayReason::Busy);
+                from = from.plus_pages(1);
             }
+            rounds = 0;
             report.moved += PageCount::new(step.moved);
             if let Some((range, reason)) = step.stuck {
                 report.stay(range, reason);
             }
-            from = from.plus_pages(step.passed.max(1)).min(range.end());
+            from = from.plus_pages(step.passed).min(range.end());
         }
         let settled = report.moved.plus(report.stayed_pages).get();
         report.already = PageCount::new(range.pages().get().saturating_sub(settled));
@@ -102,9 +109,21 @@ impl Engine<'_> {
     }
 
     pub(crate) fn mappings_of(&self, range: PageRange) -> Option<Vec<Mapping>> {
-        let mut mappings = hmm_mem::vec();
+        let mut mappings: Vec<Mapping> = hmm_mem::vec();
+        let mut next = range.start();
         self.space
-            .mappings(range, &mut |mapping| mappings.push(mapping))
+            .mappings(range, &mut |mapping| {
+                // The program may change mappings between two looks: each page
+                // is taken as it was seen first.
+                if mapping.range.end() > next {
+                    let start = mapping.range.start().max(next);
+                    next = mapping.range.end();
+                    mappings.push(Mapping {
+                        range: PageRange::span(start, next),
+                        ..mapping
+                    });
+                }
+            })
             .ok()?;
         Some(mappings)
     }
@@ -124,13 +143,17 @@ impl Engine<'_> {
         (!mapping.permissions.read && !mapping.permissions.write).then_some(StayReason::NoAccess)
     }
 
-    /// Registers a mapping, unless it is. With the gate held for writing no
+    /// Registers a mapping, unless it is: all of it, since registering a part
+    /// would split it, and the program could not remap it as one any more. With the gate held for writing no
     /// event is lost between the kernel's registration and ours.
     fn watch_mapping(&self, executor: &mut Executor, mapping: &Mapping) -> Option<StayReason> {
-        let range = mapping.range;
-        if self.registered_pages(range) == range.pages() {
+        if self.registered_pages(mapping.range) == mapping.range.pages() {
             return None;
         }
+        let Some(_departure) = self.depart() else {
+            return Some(StayReason::Cancelled);
+        };
+        let range = mapping.whole;
         // While a change is under way the map may have pieces of memory that is
         // not there any more: what takes its place would seem registered.
         for attempt in 0..BUSY_LIMIT {
@@ -213,6 +236,10 @@ impl Engine<'_> {
         let mut unshared = span.start();
         while from < span.end() {
             let rest = PageRange::span(from, span.end());
+            let Some(departure) = self.depart() else {
+                report.stay(rest, StayReason::Cancelled);
+                return;
+            };
             let mut passed = self.step_to_device(executor, rest, target, huge);
             if let Fate::CopyInstead = passed.fate {
                 let page = rest.slice(0, 1);
@@ -226,9 +253,10 @@ impl Engine<'_> {
                 passed = self.step_between_devices(executor, there, on, target);
                 if passed.fate == Fate::Busy {
                     // In staging, or gone home meanwhile.
-                    self.step_home(executor, there.slice(0, 1), None, None);
+                    self.step_home(executor, there.slice(0, 1), Home::ahead());
                 }
             }
+            drop(departure);
             let part = rest.slice(0, passed.pages.min(rest.pages().get()));
             let stays = match passed.fate {
                 Fate::Moved { zeroed, huge } => {
@@ -355,7 +383,13 @@ impl Engine<'_> {
     ) {
         let mut refused = false;
         for attempt in 0..=BUSY_LIMIT {
-            match self.stage_page(page, device) {
+            let Some(departure) = self.depart() else {
+                report.stay(page, StayReason::Cancelled);
+                return;
+            };
+            let fate = self.stage_page(page, device);
+            drop(departure);
+            match fate {
                 Fate::Moved { .. } => {
                     self.stats.exclusive_pages.fetch_add(1, Relaxed);
                     report.moved += PageCount::ONE;
@@ -369,7 +403,7 @@ impl Engine<'_> {
                     self.wait_for_events(executor, attempt);
                 }
                 Fate::Elsewhere(_) => {
-                    self.step_home(executor, page, None, None);
+                    self.step_home(executor, page, Home::ahead());
                 }
                 Fate::Refused | Fate::CopyInstead if !refused => {
                     // Also makes a hole a page: there must be one to share out.

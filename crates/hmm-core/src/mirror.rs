@@ -12,6 +12,7 @@ use hmm_types::{Access, DeviceId, PageRange, PageResidency, StayReason};
 
 use crate::engine::{BUSY_LIMIT, Engine};
 use crate::executor::{BOUNCE_PAGES, Executor};
+use crate::home::Home;
 
 /// Notifiers that one engine has at most.
 const MAX_NOTIFIERS: usize = 1024;
@@ -228,7 +229,7 @@ impl Engine<'_> {
                         if residency == PageResidency::InFlight {
                             self.wait_for_transition();
                         } else {
-                            self.step_home(executor, page, None, None);
+                            self.step_home(executor, page, Home::ahead());
                         }
                     }
                     MirrorEntry::None => {

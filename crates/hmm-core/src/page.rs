@@ -32,11 +32,11 @@ pub(crate) enum PageState {
     /// In flight to a device, still in place and write-protected: where pages
     /// cannot be moved they are copied, then dropped.
     Copying,
-    /// The same page, copied; the engine is about to drop it and the kernel
-    /// will report that.
-    Dropping,
+    /// The same page, copied to a frame; the engine is about to drop it and the
+    /// kernel will report that.
+    Dropping { device: DeviceId, frame: FrameId },
     /// The same page; the kernel has reported one drop, which is the engine's.
-    Dropped,
+    Dropped { device: DeviceId, frame: FrameId },
     /// In flight to a device; the data is in a staging page, or is all zeros.
     Uploading { source: Option<StagingPage> },
     /// In flight to system memory; the frame stays the owner until the end.
@@ -51,8 +51,8 @@ impl PageState {
         matches!(
             self,
             Self::Copying
-                | Self::Dropping
-                | Self::Dropped
+                | Self::Dropping { .. }
+                | Self::Dropped { .. }
                 | Self::Uploading { .. }
                 | Self::Downloading { .. }
                 | Self::Transferring { .. }
@@ -91,8 +91,8 @@ impl PageEntry {
             PageState::Uploading { source: None } => (5, 0, NO_PAGE),
             PageState::Downloading { device, frame } => (6, device.index(), frame.get()),
             PageState::Transferring { device, frame } => (7, device.index(), frame.get()),
-            PageState::Dropping => (8, 0, 0),
-            PageState::Dropped => (9, 0, 0),
+            PageState::Dropping { device, frame } => (8, device.index(), frame.get()),
+            PageState::Dropped { device, frame } => (9, device.index(), frame.get()),
         };
         Self((tag as u64) << STATE_SHIFT | (device as u64) << DEVICE_SHIFT | index as u64)
     }
@@ -128,8 +128,14 @@ impl PageEntry {
                 device: device(),
                 frame,
             },
-            8 => PageState::Dropping,
-            9 => PageState::Dropped,
+            8 => PageState::Dropping {
+                device: device(),
+                frame,
+            },
+            9 => PageState::Dropped {
+                device: device(),
+                frame,
+            },
             tag => unreachable!("page entry with state {tag}"),
         }
     }
@@ -169,8 +175,8 @@ mod tests {
                 PageState::Device { device, frame },
                 PageState::Staged { device, page },
                 PageState::Copying,
-                PageState::Dropping,
-                PageState::Dropped,
+                PageState::Dropping { device, frame },
+                PageState::Dropped { device, frame },
                 PageState::Uploading { source: None },
                 PageState::Uploading { source: Some(page) },
                 PageState::Downloading { device, frame },

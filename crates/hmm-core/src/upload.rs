@@ -304,13 +304,19 @@ impl Engine<'_> {
             present,
             source: Some((room, staging)),
         };
-        let progress = if present.is_empty() {
+        let progress = if !present.is_empty() {
+            self.space.move_pages(range, staging)
+        } else if self.space.is_quiet() {
             hmm_hal::Progress {
                 done: range.pages(),
                 stop: None,
             }
         } else {
-            self.space.move_pages(range, staging)
+            // Perhaps these are holes because the pages have just been remapped.
+            hmm_hal::Progress {
+                done: PageCount::ZERO,
+                stop: Some(Stop::Again),
+            }
         };
         if progress.done == PageCount::ZERO {
             return Err(match progress.stop {

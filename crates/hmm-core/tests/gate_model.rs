@@ -133,6 +133,7 @@ impl AddressSpace for Space {
         {
             visit(Mapping {
                 range,
+                whole: app(),
                 kind: MemoryKind::PrivateAnonymous,
                 permissions: Permissions::READ_WRITE,
                 engine_owned: false,

@@ -37,6 +37,8 @@ pub struct StagingLayout {
 pub struct Mapping {
     /// The part of the mapping that was asked for.
     pub range: PageRange,
+    /// All of the mapping, if nothing of it is the engine's; else the part.
+    pub whole: PageRange,
     /// What backs it.
     pub kind: MemoryKind,
     /// What it allows now.

@@ -48,5 +48,5 @@ pub use forks::{ForkHooks, guard_forks, unguard_forks};
 pub use probe::{Finding, Machine};
 pub use space::LinuxSpace;
 pub use staging::StagingConfig;
-pub use thread::{EngineThread, allowed_cpus, is_engine_thread};
+pub use thread::{EngineThread, allowed_cpus, catching, is_engine_thread, uncatching};
 pub use threads::EngineThreads;

@@ -308,8 +308,10 @@ impl AddressSpace for LinuxSpace {
             let mut rest = vma.range.intersection(range);
             while let Some(asked) = rest {
                 let (part, excluded) = first_part(asked);
+                let (all, touched) = first_part(vma.range);
                 visit(Mapping {
                     range: part,
+                    whole: if all == vma.range && !touched { all } else { part },
                     kind: vma.kind,
                     permissions: vma.permissions,
                     engine_owned: excluded,

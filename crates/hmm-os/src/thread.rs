@@ -28,6 +28,34 @@ thread_local! {
     static TABLE: Cell<u32> = const { Cell::new(0) };
 }
 
+thread_local! {
+    /// A panic of the code that runs now is caught by whoever called it.
+    static CATCHES: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs code of the program on an engine thread, whose caller catches its
+/// panics: they are reported like those of the program's own threads. Code of
+/// the engine that this code calls in turn goes through [`uncatching`].
+pub fn catching<R>(call: impl FnOnce() -> R) -> R {
+    with_catches(true, call)
+}
+
+/// Runs code of the engine, whose panics nobody may catch.
+pub fn uncatching<R>(call: impl FnOnce() -> R) -> R {
+    with_catches(false, call)
+}
+
+fn with_catches<R>(catches: bool, call: impl FnOnce() -> R) -> R {
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            CATCHES.set(self.0);
+        }
+    }
+    let _restore = Restore(CATCHES.replace(catches));
+    call()
+}
+
 /// Whether the calling thread is one of the engine's.
 #[must_use]
 pub fn is_engine_thread() -> bool {
@@ -243,7 +271,7 @@ fn report_panics_without_the_heap() {
     INSTALLED.call_once(|| {
         let before = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |panic| {
-            if !is_engine_thread() {
+            if !is_engine_thread() || CATCHES.get() {
                 return before(panic);
             }
             let mut name = Name([0; 16]);

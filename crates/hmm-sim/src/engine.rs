@@ -156,7 +156,7 @@ impl EngineUnderTest for SystemOnly {
         };
         let page = page_of(address);
         match self.space.zero_pages(space, page).stop {
-            None => {}
+            None => self.space.wake(space, page),
             Some(Stop::Again | Stop::NoMemory) => {
                 self.faults().push_back((space, address));
                 self.space.relax();
@@ -198,6 +198,7 @@ impl EngineUnderTest for SystemOnly {
                 }
             } else {
                 self.space.zero_pages(SpaceId::OWN, page);
+                self.space.wake(SpaceId::OWN, page);
                 if self.space.peek(SpaceId::OWN, page.start()).is_none() {
                     // Not registered, or an event waits: the hole has no page.
                     let reason = hmm_types::StayReason::Raced;

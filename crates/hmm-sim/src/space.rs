@@ -261,6 +261,7 @@ impl AddressSpace for SimSpace {
         for vma in vmas {
             visit(Mapping {
                 range: vma.range,
+                whole: vma.range,
                 kind: vma.kind,
                 permissions: vma.permissions,
                 engine_owned: vma.engine_owned,

@@ -55,7 +55,7 @@ fn staging(space: &SimSpace) -> VirtAddr {
 }
 
 #[test]
-fn a_page_moves_out_and_back_and_wakes_who_waits() {
+fn a_page_moves_out_and_back_and_who_waits_is_woken() {
     let space = space();
     assert_eq!(space.move_pages(pages(3, 2), staging(&space)).stop, None);
     assert_eq!(write(&space, pages(3, 1).start(), 9), Touch::Stopped);
@@ -68,6 +68,8 @@ fn a_page_moves_out_and_back_and_wakes_who_waits() {
         space.peek(SpaceId::OWN, pages(4, 1).start()),
         Some([5; SIM_PAGE_BYTES])
     );
+    assert_eq!(write(&space, pages(3, 1).start(), 9), Touch::Stopped);
+    space.wake(SpaceId::OWN, pages(3, 1));
     assert_eq!(write(&space, pages(3, 1).start(), 9), Touch::Done);
 }
 
@@ -124,6 +126,7 @@ fn what_may_not_move_is_refused() {
         Some(Stop::Incompatible)
     );
     let (child, _) = space.fork();
+    read_all(&space);
     assert_eq!(
         space.move_pages(pages(5, 1), to.plus_pages(5)).stop,
         Some(Stop::Busy)

@@ -106,14 +106,6 @@ fn carry_out(host: &Host, executor: &mut Executor, request: Request) -> Outcome 
         Request::RemoveDevice(device) => {
             Outcome::Clean(host.engine.remove_device(executor, device))
         }
-        Request::Quiesce => {
-            host.engine.begin_shut_down();
-            Outcome::Clean(host.engine.bring_all_home(executor, None))
-        }
-        Request::Resume => {
-            host.engine.reopen();
-            Outcome::Clean(true)
-        }
         Request::ShutDown => Outcome::Clean(host.engine.shut_down(executor)),
     }
 }

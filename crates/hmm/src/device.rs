@@ -143,7 +143,8 @@ impl SoftwareDevice {
     where
         K: Fn(&Context, usize) -> Result<(), KernelError> + Sync,
     {
-        self.device.launch(groups, kernel)
+        self.device
+            .launch(groups, |context, group| hmm_os::catching(|| kernel(context, group)))
     }
 
     /// Brings everything home from the device, ends it and gives its memory
@@ -207,7 +208,7 @@ impl FaultHandler for Faults {
         address: VirtAddr,
         access: Access,
     ) -> Result<Resolution, DeviceFaultError> {
-        EXECUTOR.with_borrow_mut(|executor| {
+        hmm_os::uncatching(|| EXECUTOR.with_borrow_mut(|executor| {
             if executor.is_none() {
                 let Some(bounce) = care::bounce() else {
                     return Err(DeviceFaultError::Unreachable {
@@ -224,7 +225,7 @@ impl FaultHandler for Faults {
                 }
                 None => unreachable!("made above"),
             }
-        })
+        }))
     }
 
     fn command_begins(&self, device: DeviceId) {

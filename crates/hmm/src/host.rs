@@ -77,6 +77,9 @@ impl Host {
     }
 
     pub(crate) fn remove_device(&'static self, device: DeviceId) -> Result<bool, Error> {
+        if !self.engine.has_device(device) {
+            return Err(Error::NoDevice { device });
+        }
         match self.ask(Request::RemoveDevice(device))? {
             Outcome::Clean(clean) => Ok(clean),
             Outcome::Report(_) => unreachable!("removing a device reports no pages"),
@@ -401,22 +404,31 @@ impl Drop for Hmm {
 /// zeros instead of pages that are away. So everything comes home before a
 /// fork, and nothing leaves until it is over.
 mod fork_guard {
-    use super::{Host, Outcome, Request};
+    use hmm_core::Executor;
     use hmm_os::ForkHooks;
+
+    use super::{Host, care};
 
     impl ForkHooks for Host {
         fn before_fork(&self) {
-            if hmm_os::is_engine_thread() {
+            if hmm_os::is_engine_thread() || !self.is_own_process() {
                 return;
             }
-            let clean = matches!(self.ask(Request::Quiesce), Ok(Outcome::Clean(true)) | Err(_));
+            self.engine.pause();
+            let clean = care::bounce().is_some_and(|bounce| {
+                let mut executor = Executor::worker(bounce.range().start());
+                self.threads
+                    .run_on_root(|| self.engine.bring_all_home(&mut executor, None))
+            });
             if !clean {
-                hmm_os::die("pages could not be brought home before a fork; the child would lose them");
+                hmm_os::die(
+                    "hmm: pages could not be brought home before a fork; the child would lose them",
+                );
             }
         }
 
         fn after_fork_in_parent(&self) {
-            let _ = self.ask(Request::Resume);
+            self.engine.resume();
         }
     }
 

@@ -24,9 +24,6 @@ pub(crate) enum Request {
     Migrate(PageRange, Destination),
     Exclusive(PageRange, DeviceId),
     RemoveDevice(DeviceId),
-    /// Bring everything home, and let nothing go until `Resume`.
-    Quiesce,
-    Resume,
     ShutDown,
 }
 
