@@ -104,6 +104,17 @@ impl Engine<'_> {
                 owed.push(Owed { page, source });
             }
         }
+        if !owed.is_empty() {
+            self.space.wiped_on_fork(&mut |wiped| {
+                owed.retain(|owed: &Owed| {
+                    let keep = !wiped.contains(owed.page);
+                    if !keep {
+                        self.settle(*owed);
+                    }
+                    keep
+                });
+            });
+        }
         self.children.lock().0.push(Child { space, owed });
         self.owing.store(true, Release);
         while let Some((page, staged)) = self.owed_from_staging(space) {
@@ -319,7 +330,10 @@ impl Engine<'_> {
                     return;
                 }
                 let stop = self.space.poison_pages(space, page).stop;
-                if !matches!(stop, Some(Stop::Again | Stop::NoMemory | Stop::Incompatible)) {
+                if !matches!(
+                    stop,
+                    Some(Stop::Again | Stop::NoMemory | Stop::Incompatible)
+                ) {
                     child.owed.remove(at);
                     self.settle(lost);
                     self.stats.lost_pages.fetch_add(1, Relaxed);
@@ -356,7 +370,11 @@ impl Engine<'_> {
                 continue;
             }
             let page = PageRange::from_pages(owed.page, PageCount::ONE);
-            match self.space.copy_pages(space, bounce.plus_pages(index), page).stop {
+            match self
+                .space
+                .copy_pages(space, bounce.plus_pages(index), page)
+                .stop
+            {
                 Some(Stop::Again | Stop::NoMemory) => return false,
                 Some(Stop::Exists) => self.space.wake(space, page),
                 _ => {
@@ -390,9 +408,7 @@ impl Engine<'_> {
                             .iter()
                             .rev()
                             .zip(0u64..)
-                            .take_while(|(page, back)| {
-                                page.page.plus_pages(*back) == owed.page
-                            })
+                            .take_while(|(page, back)| page.page.plus_pages(*back) == owed.page)
                             .last()
                             .map_or(owed.page, |(page, _)| page.page);
                         Some((child.space, start))

@@ -48,7 +48,11 @@ impl Engine<'_> {
         if self.is_closing() {
             return Err(DeviceFaultError::ShuttingDown);
         }
-        if self.devices.get(device).is_none_or(|slot| slot.is_retired()) {
+        if self
+            .devices
+            .get(device)
+            .is_none_or(|slot| slot.is_retired())
+        {
             return Err(DeviceFaultError::DeviceLost);
         }
         // mprotect sends no event: what is allowed is asked at every fault.
@@ -114,7 +118,10 @@ impl Engine<'_> {
                 let allowed = if shared { Access::Read } else { target.access };
                 Self::entered(slot.device.map(page, FrameRange::new(frame, 1), allowed))
             }
-            PageState::Staged { device, page: staged } if device == target.device => {
+            PageState::Staged {
+                device,
+                page: staged,
+            } if device == target.device => {
                 let host = self.staging.lock().address(staged);
                 Self::entered(slot.device.map_host(page, host, target.access))
             }
@@ -198,7 +205,9 @@ impl Engine<'_> {
         }
         let mut in_place = slot.in_place.lock();
         if in_place.len() == MAX_IN_PLACE {
-            in_place.drain(..).for_each(|range| slot.device.unmap(range));
+            in_place
+                .drain(..)
+                .for_each(|range| slot.device.unmap(range));
         }
         slot.device
             .map_host(page, page.start(), target.access)

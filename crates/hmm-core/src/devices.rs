@@ -32,7 +32,9 @@ impl DeviceSlot<'_> {
     /// Takes away all system memory that the device maps in place.
     pub(crate) fn forget_in_place(&self) {
         let mut in_place = self.in_place.lock();
-        in_place.drain(..).for_each(|range| self.device.unmap(range));
+        in_place
+            .drain(..)
+            .for_each(|range| self.device.unmap(range));
     }
 
     /// Whether a forked child still needs the frame as it is.
@@ -43,7 +45,9 @@ impl DeviceSlot<'_> {
     /// One more owner. False when there are as many as can be counted.
     pub(crate) fn share(&self, frame: FrameId) -> bool {
         self.shares[frame.index()]
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |count| count.checked_add(1))
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |count| {
+                count.checked_add(1)
+            })
             .is_ok()
     }
 
@@ -117,6 +121,8 @@ impl<'env> Devices<'env> {
 
     /// Engine memory that the slots' tables take.
     pub(crate) fn table_bytes(&self) -> u64 {
-        self.all().map(|(_, slot)| slot.shares.capacity() as u64).sum()
+        self.all()
+            .map(|(_, slot)| slot.shares.capacity() as u64)
+            .sum()
     }
 }

@@ -114,11 +114,7 @@ impl std::fmt::Debug for Engine<'_> {
 impl<'env> Engine<'env> {
     /// An engine without devices for an address space.
     #[must_use]
-    pub fn new(
-        space: &'env dyn AddressSpace,
-        clock: &'env dyn Clock,
-        settings: Settings,
-    ) -> Self {
+    pub fn new(space: &'env dyn AddressSpace, clock: &'env dyn Clock, settings: Settings) -> Self {
         Self {
             space,
             clock,
@@ -355,7 +351,9 @@ impl<'env> Engine<'env> {
     /// Whether the device was added and not removed.
     #[must_use]
     pub fn has_device(&self, device: DeviceId) -> bool {
-        self.devices.get(device).is_some_and(|slot| !slot.is_retired())
+        self.devices
+            .get(device)
+            .is_some_and(|slot| !slot.is_retired())
     }
 
     /// Pages that are not in system memory, or on their way.

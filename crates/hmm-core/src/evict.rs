@@ -38,18 +38,22 @@ impl Engine<'_> {
         let map = self.gate.read();
         let mut best: Option<(u64, PageRange)> = None;
         for piece in map.pieces() {
-            if piece.range().overlaps(keep) {
-                continue;
-            }
             let inner = map.block(piece.block).lock();
             if inner.away() == 0 || best.is_some_and(|(used, _)| used <= inner.last_use) {
                 continue;
             }
-            let holds = (piece.first..piece.first + piece.pages).any(
-                |index| matches!(inner.state(index), PageState::Device { device: on, .. } if on == device),
-            );
-            if holds {
-                best = Some((inner.last_use, piece.range()));
+            let on_device = |address: VirtAddr| {
+                let index = u64::from(piece.first) + address.pages_since(piece.start);
+                u32::try_from(index).is_ok_and(|index| {
+                    matches!(inner.state(index), PageState::Device { device: on, .. } if on == device)
+                })
+            };
+            let victim = outside(piece.range(), keep)
+                .into_iter()
+                .flatten()
+                .find(|part| part.iter_pages().any(on_device));
+            if let Some(part) = victim {
+                best = Some((inner.last_use, part));
             }
         }
         best.map(|(_, range)| range)
@@ -87,5 +91,38 @@ impl Engine<'_> {
                 inner.away() > 0 || inner.in_flight() > 0
             })
             .map(|piece| piece.range())
+    }
+}
+
+/// The parts of a range before and behind what is to be kept.
+fn outside(range: PageRange, keep: PageRange) -> [Option<PageRange>; 2] {
+    let Some(common) = range.intersection(keep) else {
+        return [Some(range), None];
+    };
+    let part = |from: VirtAddr, upto: VirtAddr| (from < upto).then(|| PageRange::span(from, upto));
+    [
+        part(range.start(), common.start()),
+        part(common.end(), range.end()),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use hmm_types::PageCount;
+
+    use super::*;
+
+    #[test]
+    fn what_is_kept_is_cut_out() {
+        let range =
+            |page, pages| PageRange::from_pages(VirtAddr::new(page * 4096), PageCount::new(pages));
+        let all = range(10, 10);
+        assert_eq!(outside(all, range(30, 5)), [Some(all), None]);
+        assert_eq!(
+            outside(all, range(12, 3)),
+            [Some(range(10, 2)), Some(range(15, 5))]
+        );
+        assert_eq!(outside(all, range(5, 7)), [None, Some(range(12, 8))]);
+        assert_eq!(outside(all, range(1, 100)), [None, None]);
     }
 }

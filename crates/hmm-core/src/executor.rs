@@ -75,7 +75,10 @@ impl Executor {
 
     /// The first `pages` pages of bounce memory.
     pub(crate) fn bounce(&self, pages: u64) -> PageRange {
-        assert!(pages <= BOUNCE_PAGES, "more pages than the bounce memory has");
+        assert!(
+            pages <= BOUNCE_PAGES,
+            "more pages than the bounce memory has"
+        );
         PageRange::from_pages(self.bounce, PageCount::new(pages))
     }
 
@@ -85,7 +88,10 @@ impl Executor {
     }
 
     pub(crate) const fn queue(&mut self, fault: QueuedFault) {
-        assert!(self.queue.len < FaultQueue::CAPACITY, "more faults read than fit");
+        assert!(
+            self.queue.len < FaultQueue::CAPACITY,
+            "more faults read than fit"
+        );
         let at = (self.queue.head + self.queue.len) % FaultQueue::CAPACITY;
         self.queue.slots[at] = Some(fault);
         self.queue.len += 1;

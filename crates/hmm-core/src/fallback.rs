@@ -60,7 +60,8 @@ impl Engine<'_> {
             }
         };
         if flight.pages < frames.count() {
-            slot.device.free(frames.slice(flight.pages, frames.count() - flight.pages));
+            slot.device
+                .free(frames.slice(flight.pages, frames.count() - flight.pages));
         }
         let frames = frames.slice(0, flight.pages);
         let passed = match self.copy_protected(executor, &flight, place, frames, target.device) {

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering::Relaxed;
 
 use hmm_hal::{FaultKind, SpaceId, Stop};
-use hmm_types::{PageCount, PageRange, VirtAddr};
+use hmm_types::{PAGES_PER_BLOCK, PageCount, PageRange, VirtAddr};
 
 use crate::engine::Engine;
 use crate::executor::{Executor, QueuedFault};
@@ -93,7 +93,11 @@ impl Engine<'_> {
             PageState::System | PageState::Discarded => self.fill_hole(&mut inner, piece),
             // The program dropped the page under the copy that still reads it.
             PageState::Copying if entry.doomed() && fault.kind == FaultKind::Missing => {
-                match self.space.zero_pages(SpaceId::OWN, piece.range().slice(0, 1)).stop {
+                match self
+                    .space
+                    .zero_pages(SpaceId::OWN, piece.range().slice(0, 1))
+                    .stop
+                {
                     Some(Stop::Again) => Found::Again,
                     _ => Found::Wake,
                 }
@@ -123,11 +127,7 @@ impl Engine<'_> {
     }
 
     /// Puts zeros where nobody has been yet, a few pages at a time.
-    fn fill_hole(
-        &self,
-        inner: &mut crate::map::BlockInner,
-        piece: crate::map::Piece,
-    ) -> Found {
+    fn fill_hole(&self, inner: &mut crate::map::BlockInner, piece: crate::map::Piece) -> Found {
         self.stats.zero_faults.fetch_add(1, Relaxed);
         let pages = (0..piece.pages.min(ZERO_PAGES))
             .take_while(|&offset| {
@@ -153,10 +153,19 @@ impl Engine<'_> {
     fn fetch(&self, executor: &mut Executor, fault: QueuedFault, least: PageRange) {
         let plan = self.cpu_readahead.plan(fault.address);
         let (from, upto) = Plan::addresses(plan.now);
-        let from = from.min(least.start()).max(VirtAddr::new(hmm_types::PAGE_SIZE));
-        let upto = upto.max(least.end()).min(VirtAddr::new(hmm_types::USER_END));
+        let from = from
+            .min(least.start())
+            .max(VirtAddr::new(hmm_types::PAGE_SIZE));
+        let upto = upto
+            .max(least.end())
+            .min(VirtAddr::new(hmm_types::USER_END));
         // The touched page first: somebody waits for it.
-        let window = PageRange::span(from, upto);
+        let window = if least.pages().index() == PAGES_PER_BLOCK {
+            // A huge page comes whole, or it would be one no more.
+            least
+        } else {
+            PageRange::span(from, upto)
+        };
         if !self.bring_demanded(executor, fault.address, window) {
             // Somebody else was quicker, or it could not come: look again.
             let page = PageRange::from_pages(fault.address.page_floor(), PageCount::ONE);

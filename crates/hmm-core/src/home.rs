@@ -158,7 +158,8 @@ impl Engine<'_> {
         window: PageRange,
     ) -> bool {
         let page = address.page_floor();
-        let start = if window.pages().get() <= BOUNCE_PAGES {
+        let huge = window.pages().index() == PAGES_PER_BLOCK && window.start().is_block_aligned();
+        let start = if huge || window.pages().get() <= BOUNCE_PAGES {
             window.start()
         } else {
             page
@@ -281,7 +282,11 @@ impl Engine<'_> {
             && index == 0
             && end == PAGES_PER_BLOCK as u32
             && place.start().is_block_aligned();
-        let most = if huge { PAGES_PER_BLOCK as u32 } else { STEP_PAGES };
+        let most = if huge {
+            PAGES_PER_BLOCK as u32
+        } else {
+            STEP_PAGES
+        };
         let mut claim = Claim {
             block: piece.block,
             first: index,
@@ -306,7 +311,10 @@ impl Engine<'_> {
         self.devices.slot(device).device.unmap(place);
         for offset in 0..claim.pages {
             let frame = claim.frames[offset as usize];
-            inner.set(claim.first + offset, PageState::Downloading { device, frame });
+            inner.set(
+                claim.first + offset,
+                PageState::Downloading { device, frame },
+            );
         }
         claim.huge &= claim.pages == PAGES_PER_BLOCK as u32;
         Claimed::Pages(claim)
@@ -383,12 +391,13 @@ impl Engine<'_> {
         let device = self.devices.slot(claim.device).device;
         let mut result = Ok(());
         for _ in 0..COPY_LIMIT {
-            let transfers = claim
-                .runs(from, landing.pages())
-                .map(|(page, frames)| Transfer::ToHost {
-                    frames,
-                    host: landing.address(page),
-                });
+            let transfers =
+                claim
+                    .runs(from, landing.pages())
+                    .map(|(page, frames)| Transfer::ToHost {
+                        frames,
+                        host: landing.address(page),
+                    });
             result = run_transfers(device, transfers);
             match result {
                 Ok(()) | Err(DeviceError::Lost) => break,
@@ -451,7 +460,14 @@ impl Engine<'_> {
         let index = claim.first + from + *offset;
         let left = landing.pages() - *offset;
         if inner.entry(index).doomed() {
-            self.drop_claimed(&mut inner, claim, from, landing, *offset, block.place_of(index, 1));
+            self.drop_claimed(
+                &mut inner,
+                claim,
+                from,
+                landing,
+                *offset,
+                block.place_of(index, 1),
+            );
             *offset += 1;
             return (None, None);
         }
@@ -501,7 +517,9 @@ impl Engine<'_> {
 
     fn free_claimed(&self, claim: &Claim, page: u32) {
         let frame = claim.frames[page as usize];
-        self.devices.slot(claim.device).free(FrameRange::new(frame, 1));
+        self.devices
+            .slot(claim.device)
+            .free(FrameRange::new(frame, 1));
     }
 
     /// A page that the program removed while it was on its way.
@@ -540,7 +558,12 @@ impl Engine<'_> {
         let block = map.block(claim.block);
         let mut inner = block.lock();
         while *offset < landing.pages() {
-            self.settle_page(&mut inner, claim, from + *offset, block.place_of(claim.first + from + *offset, 1));
+            self.settle_page(
+                &mut inner,
+                claim,
+                from + *offset,
+                block.place_of(claim.first + from + *offset, 1),
+            );
             if let Some(staging) = landing.staging_page(*offset) {
                 self.staging.lock().put(staging, true);
             }

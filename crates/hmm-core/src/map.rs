@@ -337,7 +337,11 @@ impl SpaceMap {
 
     /// Takes the pieces of `range` out of the map and hands each to `taken`,
     /// cut to the range. Their blocks stay until [`SpaceMap::release_blocks`].
-    pub(crate) fn remove(&mut self, range: PageRange, mut taken: impl FnMut(&Self, Piece)) -> Vec<Piece> {
+    pub(crate) fn remove(
+        &mut self,
+        range: PageRange,
+        mut taken: impl FnMut(&Self, Piece),
+    ) -> Vec<Piece> {
         let from = self.position(range.start());
         let mut upto = from;
         let mut out: Vec<Piece> = hmm_mem::vec();
@@ -417,7 +421,9 @@ impl SpaceMap {
                 start: to.plus_pages(piece.start.pages_since(from)),
                 ..*piece
             };
-            let at = self.pieces.partition_point(|other| other.start < moved.start);
+            let at = self
+                .pieces
+                .partition_point(|other| other.start < moved.start);
             self.pieces.insert(at, moved);
             self.block_mut(piece.block).pieces.push(moved);
         }
@@ -433,7 +439,11 @@ impl SpaceMap {
                 let table = block.lock().table.is_some();
                 size_of::<Block>()
                     + block.pieces.capacity() * size_of::<Piece>()
-                    + if table { PAGES_PER_BLOCK * size_of::<PageEntry>() } else { 0 }
+                    + if table {
+                        PAGES_PER_BLOCK * size_of::<PageEntry>()
+                    } else {
+                        0
+                    }
             })
             .sum();
         (blocks
@@ -447,7 +457,10 @@ impl SpaceMap {
     /// When it does not.
     pub(crate) fn check(&self) {
         for pair in self.pieces.windows(2) {
-            assert!(pair[0].range().end() <= pair[1].start, "pieces overlap or are unsorted");
+            assert!(
+                pair[0].range().end() <= pair[1].start,
+                "pieces overlap or are unsorted"
+            );
         }
         for piece in &self.pieces {
             assert!(piece.pages > 0 && (piece.first + piece.pages) as usize <= PAGES_PER_BLOCK);
@@ -456,8 +469,17 @@ impl SpaceMap {
                 "a block does not know its piece"
             );
         }
-        let of_blocks: usize = self.blocks.iter().flatten().map(|block| block.pieces.len()).sum();
-        assert_eq!(of_blocks, self.pieces.len(), "a block has a piece that the map lacks");
+        let of_blocks: usize = self
+            .blocks
+            .iter()
+            .flatten()
+            .map(|block| block.pieces.len())
+            .sum();
+        assert_eq!(
+            of_blocks,
+            self.pieces.len(),
+            "a block has a piece that the map lacks"
+        );
     }
 }
 
@@ -478,7 +500,10 @@ mod tests {
         assert!(map.insert(range(900, 1200)));
         map.check();
         // The pages around join the blocks that their 2 MiB already have.
-        let covered: u64 = map.overlapping(range(900, 1200)).map(|p| u64::from(p.pages)).sum();
+        let covered: u64 = map
+            .overlapping(range(900, 1200))
+            .map(|p| u64::from(p.pages))
+            .sum();
         assert_eq!(covered, 1200);
         let a = map.find(VirtAddr::new(1000 * 4096)).unwrap();
         let b = map.find(VirtAddr::new(999 * 4096)).unwrap();
@@ -492,7 +517,11 @@ mod tests {
         map.insert(range(512, 1024));
         let before = map.find(VirtAddr::new(700 * 4096)).unwrap();
         let taken = map.remove(range(600, 300), |_, _| {});
-        map.insert_moved(&taken, VirtAddr::new(600 * 4096), VirtAddr::new(9001 * 4096));
+        map.insert_moved(
+            &taken,
+            VirtAddr::new(600 * 4096),
+            VirtAddr::new(9001 * 4096),
+        );
         map.check();
         assert!(map.find(VirtAddr::new(700 * 4096)).is_none());
         let after = map.find(VirtAddr::new(9101 * 4096)).unwrap();
@@ -527,6 +556,9 @@ mod tests {
         assert_ne!(again.block, piece.block);
         map.block(piece.block).lock().set(0, PageState::System);
         map.insert(range(2048, 1));
-        assert_eq!(map.find(VirtAddr::new(2048 * 4096)).unwrap().block, piece.block);
+        assert_eq!(
+            map.find(VirtAddr::new(2048 * 4096)).unwrap().block,
+            piece.block
+        );
     }
 }

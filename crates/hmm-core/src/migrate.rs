@@ -35,7 +35,11 @@ impl Engine<'_> {
             }
         }
         self.trim_staging();
-        debug_assert_eq!(report.total(), range.pages(), "a page was not reported, or twice");
+        debug_assert_eq!(
+            report.total(),
+            range.pages(),
+            "a page was not reported, or twice"
+        );
         report
     }
 
@@ -84,7 +88,11 @@ impl Engine<'_> {
             report.stay(range, StayReason::Cancelled);
             return;
         }
-        if self.devices.get(device).is_none_or(|slot| slot.is_retired()) {
+        if self
+            .devices
+            .get(device)
+            .is_none_or(|slot| slot.is_retired())
+        {
             report.stay(range, StayReason::DeviceLost);
             return;
         }
@@ -95,7 +103,10 @@ impl Engine<'_> {
         };
         for mapping in &mappings {
             if next < mapping.range.start() {
-                report.stay(PageRange::span(next, mapping.range.start()), StayReason::NotMapped);
+                report.stay(
+                    PageRange::span(next, mapping.range.start()),
+                    StayReason::NotMapped,
+                );
             }
             next = mapping.range.end();
             match Self::immovable(mapping).or_else(|| self.watch_mapping(executor, mapping)) {
@@ -353,7 +364,10 @@ impl Engine<'_> {
         let mut next = range.start();
         for mapping in &mappings {
             if next < mapping.range.start() {
-                report.stay(PageRange::span(next, mapping.range.start()), StayReason::NotMapped);
+                report.stay(
+                    PageRange::span(next, mapping.range.start()),
+                    StayReason::NotMapped,
+                );
             }
             next = mapping.range.end();
             let reason = Self::immovable(mapping)

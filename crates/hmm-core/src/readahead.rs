@@ -7,7 +7,7 @@
 //! read-ahead, `mm/readahead.c`.)
 
 use hmm_sync::{Mutex, Rank};
-use hmm_types::{PAGES_PER_BLOCK, PAGE_SIZE, VirtAddr};
+use hmm_types::{PAGE_SIZE, PAGES_PER_BLOCK, VirtAddr};
 
 /// Sequential readers that are followed at a time.
 const STREAMS: usize = 8;
@@ -31,7 +31,10 @@ pub(crate) struct Plan {
 
 impl Plan {
     pub(crate) fn addresses((from, upto): (u64, u64)) -> (VirtAddr, VirtAddr) {
-        (VirtAddr::new(from * PAGE_SIZE), VirtAddr::new(upto * PAGE_SIZE))
+        (
+            VirtAddr::new(from * PAGE_SIZE),
+            VirtAddr::new(upto * PAGE_SIZE),
+        )
     }
 }
 

@@ -101,7 +101,10 @@ impl Slot {
     }
 
     fn set_busy(&mut self, index: usize, busy: bool) {
-        debug_assert!(self.busy.contains(index) != busy, "staging page taken or given back twice");
+        debug_assert!(
+            self.busy.contains(index) != busy,
+            "staging page taken or given back twice"
+        );
         self.busy.set(index, busy);
         let count = if self.populated.contains(index) {
             &mut self.ready
@@ -299,21 +302,26 @@ impl StagingPool {
         for offset in 0..run.pages {
             let page = run.first.plus(offset);
             let number = page.get() as usize;
-            let populated =
-                self.slots[number / PAGES_PER_BLOCK].populated.contains(number % PAGES_PER_BLOCK);
+            let populated = self.slots[number / PAGES_PER_BLOCK]
+                .populated
+                .contains(number % PAGES_PER_BLOCK);
             self.put(page, populated && !emptied);
         }
     }
 
     /// Takes a whole idle slot with memory in it, to give that memory back to
     /// the kernel (then `put_run(.., false)`).
-    pub(crate) fn take_for_trim(&mut self, kind: Option<SlotKind>) -> Option<(StagingRun, PageRange)> {
+    pub(crate) fn take_for_trim(
+        &mut self,
+        kind: Option<SlotKind>,
+    ) -> Option<(StagingRun, PageRange)> {
         let slot = self.slots.iter().enumerate().position(|(number, slot)| {
             let of_kind = kind.is_none_or(|kind| self.arena(kind).contains(&number));
             of_kind && slot.is_idle() && slot.ready > 0
         })?;
         let run = self.hold(slot, 0, PAGES_PER_BLOCK as u32);
-        let range = PageRange::from_pages(self.address(run.first), PageCount::from(PAGES_PER_BLOCK));
+        let range =
+            PageRange::from_pages(self.address(run.first), PageCount::from(PAGES_PER_BLOCK));
         Some((run, range))
     }
 
@@ -323,7 +331,8 @@ impl StagingPool {
             .arena(kind)
             .find(|&slot| self.slots[slot].room as usize == PAGES_PER_BLOCK)?;
         let run = self.hold(slot, 0, PAGES_PER_BLOCK as u32);
-        let range = PageRange::from_pages(self.address(run.first), PageCount::from(PAGES_PER_BLOCK));
+        let range =
+            PageRange::from_pages(self.address(run.first), PageCount::from(PAGES_PER_BLOCK));
         Some((run, range))
     }
 

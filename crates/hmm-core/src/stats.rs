@@ -166,7 +166,10 @@ mod tests {
         }
         for (per_mille, truth) in [(500, 50_000u64), (990, 99_000)] {
             let bound = histogram.quantile_ns(per_mille);
-            assert!(bound >= truth && bound <= truth + truth / 8 + 1, "{bound} for {truth}");
+            assert!(
+                bound >= truth && bound <= truth + truth / 8 + 1,
+                "{bound} for {truth}"
+            );
         }
         assert_eq!(histogram.count(), 1000);
     }

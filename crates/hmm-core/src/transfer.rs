@@ -37,7 +37,8 @@ impl Engine<'_> {
             return Passed::new(1, Fate::Busy);
         };
         if flight.pages < frames.count() {
-            slot.device.free(frames.slice(flight.pages, frames.count() - flight.pages));
+            slot.device
+                .free(frames.slice(flight.pages, frames.count() - flight.pages));
         }
         let frames = frames.slice(0, flight.pages);
         let sources = &sources[..flight.pages as usize];
@@ -89,7 +90,8 @@ impl Engine<'_> {
             source: None,
         };
         while u64::from(flight.pages) < most {
-            let PageState::Device { device, frame } = inner.state(piece.first + flight.pages) else {
+            let PageState::Device { device, frame } = inner.state(piece.first + flight.pages)
+            else {
                 break;
             };
             if device != from {
@@ -105,7 +107,13 @@ impl Engine<'_> {
         let place = piece.range().slice(0, u64::from(flight.pages));
         self.invalidate(inner, place);
         for (index, &frame) in (piece.first..).zip(sources[..flight.pages as usize].iter()) {
-            inner.set(index, PageState::Transferring { device: from, frame });
+            inner.set(
+                index,
+                PageState::Transferring {
+                    device: from,
+                    frame,
+                },
+            );
         }
         Some(flight)
     }
@@ -121,10 +129,13 @@ impl Engine<'_> {
         hmm_sync::assert_none_held();
         let bounce = executor.bounce(u64::from(frames.count()));
         let host = |page: usize| bounce.start().plus_pages(page as u64);
-        let out = sources.iter().enumerate().map(|(page, &frame)| Transfer::ToHost {
-            frames: FrameRange::new(frame, 1),
-            host: host(page),
-        });
+        let out = sources
+            .iter()
+            .enumerate()
+            .map(|(page, &frame)| Transfer::ToHost {
+                frames: FrameRange::new(frame, 1),
+                host: host(page),
+            });
         run_transfers(self.devices.slot(from).device, out)?;
         let into = std::iter::once(Transfer::ToDevice {
             host: bounce.start(),
@@ -144,7 +155,13 @@ impl Engine<'_> {
                 self.devices.slot(from).free(FrameRange::new(frame, 1));
                 inner.set(index, Self::after_removal(block, index));
             } else {
-                inner.set(index, PageState::Device { device: from, frame });
+                inner.set(
+                    index,
+                    PageState::Device {
+                        device: from,
+                        frame,
+                    },
+                );
             }
             if entry.parked() {
                 self.wake_pages(block, index, 1);

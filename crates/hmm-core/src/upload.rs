@@ -149,7 +149,8 @@ impl Engine<'_> {
             }
         };
         if flight.pages < frames.count() {
-            slot.device.free(frames.slice(flight.pages, frames.count() - flight.pages));
+            slot.device
+                .free(frames.slice(flight.pages, frames.count() - flight.pages));
         }
         let frames = frames.slice(0, flight.pages);
         self.give_back_room(room, flight.pages);
@@ -322,7 +323,9 @@ impl Engine<'_> {
             return Err(match progress.stop {
                 Some(Stop::Again) => None,
                 Some(Stop::Busy) => Some(Passed::new(1, Fate::Refused)),
-                Some(Stop::Incompatible) => Some(Passed::new(range.pages().get(), Fate::CopyInstead)),
+                Some(Stop::Incompatible) => {
+                    Some(Passed::new(range.pages().get(), Fate::CopyInstead))
+                }
                 Some(Stop::NoMemory) => stayed(StayReason::NoSystemMemory),
                 _ => stayed(StayReason::Raced),
             });
@@ -448,9 +451,7 @@ impl Engine<'_> {
                 continue;
             };
             let together = (0..place.pages().get())
-                .take_while(|&page| {
-                    u32::try_from(page).is_ok_and(|page| on_device(index + page))
-                })
+                .take_while(|&page| u32::try_from(page).is_ok_and(|page| on_device(index + page)))
                 .count();
             let pages = u32::try_from(together).unwrap_or(1);
             let place = place.slice(0, u64::from(pages));

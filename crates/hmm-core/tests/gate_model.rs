@@ -200,11 +200,17 @@ impl AddressSpace for Space {
         }
         for (index, page) in (0u64..).zip(to.iter_pages()) {
             let source = from.plus_pages(index).get();
-            let value = tables.bounce.get(&source).or(tables.pages.get(&source)).copied();
+            let value = tables
+                .bounce
+                .get(&source)
+                .or(tables.pages.get(&source))
+                .copied();
             if tables.pages.contains_key(&page.get()) {
                 return done(index, Some(Stop::Exists));
             }
-            tables.pages.insert(page.get(), value.expect("bounce was filled"));
+            tables
+                .pages
+                .insert(page.get(), value.expect("bounce was filled"));
         }
         done(to.pages().get(), None)
     }
@@ -317,7 +323,10 @@ impl Device for Gpu {
 
     fn allocate(&self, _: PageCount) -> Result<FrameRange, DeviceError> {
         let mut frames = self.frames.lock().unwrap();
-        let free = frames.iter().position(|frame| !frame.0).ok_or(DeviceError::OutOfMemory)?;
+        let free = frames
+            .iter()
+            .position(|frame| !frame.0)
+            .ok_or(DeviceError::OutOfMemory)?;
         frames[free].0 = true;
         Ok(FrameRange::new(FrameId::new(free as u32), 1))
     }
@@ -331,7 +340,14 @@ impl Device for Gpu {
     }
 
     fn free_pages(&self) -> PageCount {
-        PageCount::from(self.frames.lock().unwrap().iter().filter(|frame| !frame.0).count())
+        PageCount::from(
+            self.frames
+                .lock()
+                .unwrap()
+                .iter()
+                .filter(|frame| !frame.0)
+                .count(),
+        )
     }
 
     fn map(&self, range: PageRange, frames: FrameRange, _: Access) -> Result<(), DeviceError> {
@@ -464,32 +480,52 @@ fn model() {
             assert_eq!(space.touch(1, Some(value)), Some(value));
             assert_eq!(space.touch(1, None), Some(value), "a write was lost");
         }
-        space.change(Event::Remove { space: SpaceId::OWN, range: app().slice(2, 1) }, |tables| {
-            tables.pages.remove(&(BASE + 2 * 4096));
-        });
+        space.change(
+            Event::Remove {
+                space: SpaceId::OWN,
+                range: app().slice(2, 1),
+            },
+            |tables| {
+                tables.pages.remove(&(BASE + 2 * 4096));
+            },
+        );
         assert_eq!(space.touch(2, None), Some(0), "a dropped page came back");
         assert_eq!(space.touch(1, None), Some(2), "a write was lost");
     });
     program.join().unwrap();
     let added = kernel.join().unwrap();
     migrator.join().unwrap();
-    assert_eq!(space.touch(0, None), Some(added), "the device's additions are not all there");
+    assert_eq!(
+        space.touch(0, None),
+        Some(added),
+        "the device's additions are not all there"
+    );
 
     // munmap: when it returns, the device maps nothing of the range.
     let mut executor = Executor::worker(bounce(9));
     engine.migrate(&mut executor, app(), Destination::Device(id));
-    space.change(Event::Unmap { space: SpaceId::OWN, range: app() }, |tables| {
-        tables.mapped = false;
-        tables.registered = false;
-        for page in app().iter_pages() {
-            tables.pages.remove(&page.get());
-        }
-    });
+    space.change(
+        Event::Unmap {
+            space: SpaceId::OWN,
+            range: app(),
+        },
+        |tables| {
+            tables.mapped = false;
+            tables.registered = false;
+            for page in app().iter_pages() {
+                tables.pages.remove(&page.get());
+            }
+        },
+    );
     // Somebody may still hold the gate to apply it, but nobody else has it.
     engine.check();
     assert!(!gpu.maps_anything(), "the device maps what is unmapped");
     assert!(engine.shut_down(&mut executor));
-    assert_eq!(engine.staging_held(), PageCount::ZERO, "staging pages leaked");
+    assert_eq!(
+        engine.staging_held(),
+        PageCount::ZERO,
+        "staging pages leaked"
+    );
     assert_eq!(gpu.free_pages().get(), u64::from(FRAMES), "frames leaked");
     stop.store(true, std::sync::atomic::Ordering::SeqCst);
     for handler in handlers {

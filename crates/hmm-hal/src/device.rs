@@ -91,20 +91,15 @@ pub trait Device: Sync {
     /// # Errors
     /// [`DeviceError`]; then nothing is mapped at the range, and the device
     /// faults when it uses it.
-    fn map(&self, range: PageRange, frames: FrameRange, access: Access)
-    -> Result<(), DeviceError>;
+    fn map(&self, range: PageRange, frames: FrameRange, access: Access) -> Result<(), DeviceError>;
 
     /// Maps pages to host memory: `range` itself for use in place, or staging
     /// pages for exclusive access.
     ///
     /// # Errors
     /// As [`Device::map`].
-    fn map_host(
-        &self,
-        range: PageRange,
-        host: VirtAddr,
-        access: Access,
-    ) -> Result<(), DeviceError>;
+    fn map_host(&self, range: PageRange, host: VirtAddr, access: Access)
+    -> Result<(), DeviceError>;
 
     /// Unmaps pages. When it returns, no access of the device through an old
     /// mapping is under way, and none will follow. Works on a lost device too.

@@ -136,7 +136,10 @@ impl EventBatch {
     /// # Panics
     /// When there is no room; see [`EventBatch::room`].
     pub const fn push(&mut self, event: Event) {
-        assert!(self.len < Self::CAPACITY, "more events than the batch holds");
+        assert!(
+            self.len < Self::CAPACITY,
+            "more events than the batch holds"
+        );
         self.events[self.len] = Some(event);
         self.len += 1;
     }

@@ -130,11 +130,7 @@ pub trait AddressSpace: Sync {
     ///
     /// # Errors
     /// When the kernel's map cannot be read.
-    fn mappings(
-        &self,
-        range: PageRange,
-        visit: &mut dyn FnMut(Mapping),
-    ) -> Result<(), SpaceError>;
+    fn mappings(&self, range: PageRange, visit: &mut dyn FnMut(Mapping)) -> Result<(), SpaceError>;
 
     /// Visits what the page table holds for `range`, in order, as few spans as
     /// it likes; together they cover the range.
@@ -222,6 +218,10 @@ pub trait AddressSpace: Sync {
     /// Whether every change of the own space's mappings that has begun was also
     /// read as an event.
     fn is_quiet(&self) -> bool;
+
+    /// Visits the ranges whose pages a forked child does not see
+    /// (MADV_WIPEONFORK): it reads zeros there.
+    fn wiped_on_fork(&self, _visit: &mut dyn FnMut(PageRange)) {}
 
     /// Lets a child space go: all of its pages are its own now.
     fn release(&self, space: SpaceId);

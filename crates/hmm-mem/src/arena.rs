@@ -172,7 +172,11 @@ mod tests {
             array.push(n);
         }
         assert!(array.iter().copied().eq(0..100_000));
-        assert!(arena_range().unwrap().contains(VirtAddr::of(array.as_ptr())));
+        assert!(
+            arena_range()
+                .unwrap()
+                .contains(VirtAddr::of(array.as_ptr()))
+        );
     }
 
     #[test]

@@ -74,6 +74,25 @@ fn flags_of(page: PageRange) -> Result<Option<StayReason>> {
     Ok(None)
 }
 
+/// Visits the mappings that a forked child finds empty. Reads all of smaps,
+/// which takes milliseconds: for forks while pages are away.
+pub(crate) fn visit_wiped(visit: &mut dyn FnMut(PageRange)) -> Result<()> {
+    let flags = OFlags::CLOEXEC | OFlags::RDONLY;
+    let smaps = open(c"/proc/self/smaps", flags, Mode::empty())?;
+    let mut lines = Lines::new(smaps.as_fd());
+    let mut range = None;
+    while let Some(line) = lines.next()? {
+        if let Some(vma) = parse_line(line) {
+            range = Some(vma.range);
+        } else if let (Some(range), Some(flags)) = (range, line.strip_prefix(b"VmFlags:"))
+            && flags.split(|&byte| byte == b' ').any(|flag| flag == b"wf")
+        {
+            visit(range);
+        }
+    }
+    Ok(())
+}
+
 fn reason_in(flags: &[u8]) -> Option<StayReason> {
     let has = |name: &[u8]| flags.split(|&byte| byte == b' ').any(|flag| flag == name);
     if has(b"ht") {

@@ -311,7 +311,11 @@ impl AddressSpace for LinuxSpace {
                 let (all, touched) = first_part(vma.range);
                 visit(Mapping {
                     range: part,
-                    whole: if all == vma.range && !touched { all } else { part },
+                    whole: if all == vma.range && !touched {
+                        all
+                    } else {
+                        part
+                    },
                     kind: vma.kind,
                     permissions: vma.permissions,
                     engine_owned: excluded,
@@ -448,6 +452,15 @@ impl AddressSpace for LinuxSpace {
 
     fn release(&self, space: SpaceId) {
         self.parts().children.release(space);
+    }
+
+    fn wiped_on_fork(&self, visit: &mut dyn FnMut(PageRange)) {
+        if let Err(error) = crate::refusal::visit_wiped(visit) {
+            crate::fatal::fail(format_args!(
+                "cannot read /proc/self/smaps at a fork ({error}): a child could see memory that \
+                 it must not see"
+            ));
+        }
     }
 
     fn is_quiet(&self) -> bool {

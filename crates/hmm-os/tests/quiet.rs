@@ -24,7 +24,9 @@ fn a_space_is_quiet_until_something_changes_and_after_that_was_read() {
         )
     };
     let range = PageRange::new(VirtAddr::of(memory), 1 << 20).expect("pages");
-    threads.run_on_root(|| space.register(range)).expect("register");
+    threads
+        .run_on_root(|| space.register(range))
+        .expect("register");
     assert!(threads.run_on_root(|| space.is_quiet()));
     let address = memory.addr();
     let unmapper = std::thread::spawn(move || {

@@ -192,7 +192,9 @@ impl<E: EngineUnderTest> World<E> {
             Attempt::Stopped => return Some(None),
             Attempt::Poisoned => {
                 if !scene.oracle.is_lost(space, address) {
-                    scene.fail(format!("device {index}: {action:?} at {address} is a SIGBUS"));
+                    scene.fail(format!(
+                        "device {index}: {action:?} at {address} is a SIGBUS"
+                    ));
                 }
                 return None;
             }

@@ -99,7 +99,10 @@ impl EngineUnderTest for CoreEngine {
         );
         for (index, device) in devices.into_iter().enumerate() {
             let added = engine.add_device(Box::leak(Box::new(device)));
-            assert!(added == Ok(DeviceId::new(index)), "device {index}: {added:?}");
+            assert!(
+                added == Ok(DeviceId::new(index)),
+                "device {index}: {added:?}"
+            );
         }
         Self {
             engine,

@@ -94,11 +94,10 @@ impl<E: EngineUnderTest> World<E> {
         let spaces = self.scene().oracle.spaces();
         for space in spaces {
             if clean && self.space.is_watched(space) {
-                self.scene()
-                    .fail(format!(
-                        "after shutdown: {space:?} is still registered: {:?}",
-                        self.space.watched(space)
-                    ));
+                self.scene().fail(format!(
+                    "after shutdown: {space:?} is still registered: {:?}",
+                    self.space.watched(space)
+                ));
             }
         }
     }

@@ -52,12 +52,7 @@ struct Broken<F> {
 }
 
 impl<F: Fault> EngineUnderTest for Broken<F> {
-    fn new(
-        config: &SimConfig,
-        space: SimSpace,
-        devices: Vec<SimDevice>,
-        clock: SimClock,
-    ) -> Self {
+    fn new(config: &SimConfig, space: SimSpace, devices: Vec<SimDevice>, clock: SimClock) -> Self {
         Self {
             good: SystemOnly::new(config, space.clone(), devices.clone(), clock),
             space,

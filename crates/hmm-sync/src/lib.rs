@@ -279,7 +279,10 @@ mod tests {
     }
 
     #[test]
-    #[cfg_attr(not(debug_assertions), ignore = "ranks are checked in debug builds only")]
+    #[cfg_attr(
+        not(debug_assertions),
+        ignore = "ranks are checked in debug builds only"
+    )]
     #[should_panic(expected = "lock order")]
     fn descending_order_panics() {
         let gate = RwLock::new(Rank::Gate, ());
@@ -289,7 +292,10 @@ mod tests {
     }
 
     #[test]
-    #[cfg_attr(not(debug_assertions), ignore = "ranks are checked in debug builds only")]
+    #[cfg_attr(
+        not(debug_assertions),
+        ignore = "ranks are checked in debug builds only"
+    )]
     #[should_panic(expected = "lock order")]
     fn readers_do_not_nest() {
         let gate = RwLock::new(Rank::Gate, ());

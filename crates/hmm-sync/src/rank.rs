@@ -63,7 +63,13 @@ thread_local! {
 
 /// Proof that a rank was taken; gives it back when dropped.
 #[derive(Debug)]
-pub(crate) struct Held(#[cfg_attr(not(debug_assertions), allow(dead_code, reason = "only the check reads it"))] Rank);
+pub(crate) struct Held(
+    #[cfg_attr(
+        not(debug_assertions),
+        allow(dead_code, reason = "only the check reads it")
+    )]
+    Rank,
+);
 
 impl Held {
     pub(crate) fn acquire(rank: Rank) -> Self {

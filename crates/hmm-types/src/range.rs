@@ -211,7 +211,9 @@ impl PageRange {
     #[must_use]
     pub fn slice(self, first: u64, pages: u64) -> Self {
         assert!(
-            first.checked_add(pages).is_some_and(|end| end <= self.pages),
+            first
+                .checked_add(pages)
+                .is_some_and(|end| end <= self.pages),
             "slice reaches out of the range"
         );
         Self::from_pages(self.start.plus_pages(first), PageCount::new(pages))

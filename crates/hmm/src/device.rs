@@ -143,8 +143,9 @@ impl SoftwareDevice {
     where
         K: Fn(&Context, usize) -> Result<(), KernelError> + Sync,
     {
-        self.device
-            .launch(groups, |context, group| hmm_os::catching(|| kernel(context, group)))
+        self.device.launch(groups, |context, group| {
+            hmm_os::catching(|| kernel(context, group))
+        })
     }
 
     /// Brings everything home from the device, ends it and gives its memory
@@ -208,24 +209,27 @@ impl FaultHandler for Faults {
         address: VirtAddr,
         access: Access,
     ) -> Result<Resolution, DeviceFaultError> {
-        hmm_os::uncatching(|| EXECUTOR.with_borrow_mut(|executor| {
-            if executor.is_none() {
-                let Some(bounce) = care::bounce() else {
-                    return Err(DeviceFaultError::Unreachable {
-                        address,
-                        reason: hmm_types::StayReason::NoSystemMemory,
-                    });
-                };
-                let worker = Executor::worker(bounce.range().start());
-                *executor = Some((hmm_mem::boxed(worker), bounce));
-            }
-            match executor {
-                Some((executor, _)) => {
-                    self.0.engine.device_fault(executor, device, address, access)
+        hmm_os::uncatching(|| {
+            EXECUTOR.with_borrow_mut(|executor| {
+                if executor.is_none() {
+                    let Some(bounce) = care::bounce() else {
+                        return Err(DeviceFaultError::Unreachable {
+                            address,
+                            reason: hmm_types::StayReason::NoSystemMemory,
+                        });
+                    };
+                    let worker = Executor::worker(bounce.range().start());
+                    *executor = Some((hmm_mem::boxed(worker), bounce));
                 }
-                None => unreachable!("made above"),
-            }
-        }))
+                match executor {
+                    Some((executor, _)) => self
+                        .0
+                        .engine
+                        .device_fault(executor, device, address, access),
+                    None => unreachable!("made above"),
+                }
+            })
+        })
     }
 
     fn command_begins(&self, device: DeviceId) {
@@ -236,4 +240,3 @@ impl FaultHandler for Faults {
         self.0.engine.wait_for_transition();
     }
 }
-

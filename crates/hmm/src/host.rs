@@ -116,10 +116,15 @@ impl Host {
         for number in 0..builder.workers {
             let bounce = care::bounce().ok_or(Error::EngineMemory)?;
             let name = format!("hmm-worker-{number}");
-            let thread = self.threads.spawn(&name, None, move || care::work(self, &bounce))?;
+            let thread = self
+                .threads
+                .spawn(&name, None, move || care::work(self, &bounce))?;
             self.keep(thread);
         }
-        self.keep(self.threads.spawn("hmm-watch", None, move || care::watch(self))?);
+        self.keep(
+            self.threads
+                .spawn("hmm-watch", None, move || care::watch(self))?,
+        );
         Ok(())
     }
 

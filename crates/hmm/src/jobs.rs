@@ -89,7 +89,10 @@ impl Jobs {
         if state.closed {
             return Err(Error::ShuttingDown);
         }
-        let free = state.slots.iter().position(|slot| matches!(slot, Slot::Free));
+        let free = state
+            .slots
+            .iter()
+            .position(|slot| matches!(slot, Slot::Free));
         let number = free.ok_or(Error::QueueFull { limit: JOB_SLOTS })?;
         state.slots[number] = Slot::Waiting(request);
         let at = (state.head + state.waiting) % JOB_SLOTS;
@@ -218,7 +221,8 @@ impl Prefetch {
     /// Whether it has ended.
     #[must_use]
     pub fn is_done(&self) -> bool {
-        self.number.is_none_or(|number| self.host.jobs.is_done(number))
+        self.number
+            .is_none_or(|number| self.host.jobs.is_done(number))
     }
 
     /// Waits until it has ended, and says what it did. A range without a whole

@@ -70,8 +70,9 @@ impl Report {
     pub fn by_reason(&self) -> BTreeMap<String, PageCount> {
         let mut sums = BTreeMap::new();
         for stayed in &self.stayed {
-            *sums.entry(stayed.reason.to_string()).or_insert(PageCount::ZERO) +=
-                stayed.range.pages();
+            *sums
+                .entry(stayed.reason.to_string())
+                .or_insert(PageCount::ZERO) += stayed.range.pages();
         }
         sums
     }

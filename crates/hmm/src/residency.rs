@@ -81,7 +81,9 @@ impl Residency {
                 }
             })
             .collect();
-        map.chunks(width.max(1)).map(|line| line.iter().collect()).collect()
+        map.chunks(width.max(1))
+            .map(|line| line.iter().collect())
+            .collect()
     }
 }
 

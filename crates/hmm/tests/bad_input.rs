@@ -2,7 +2,9 @@
 //! stays, with its reason; every report adds up.
 mod common;
 
-use common::{Map, PAGE, WORDS, adds_up, device, engine, helper, pattern, role, run, send, watchdog};
+use common::{
+    Map, PAGE, WORDS, adds_up, device, engine, helper, pattern, role, run, send, watchdog,
+};
 use hmm::{
     ByteCount, DeviceId, Error, Hmm, PageCount, PageRange, Pointer, RangeError, Report,
     SoftwareOptions, StayReason, VirtAddr,
@@ -20,10 +22,22 @@ fn numbers_that_name_no_memory_are_refused() {
     let (hmm, device) = engine(4);
     let at = VirtAddr::new;
     assert!(matches!(PageRange::new(at(0), 4096), Err(RangeError::Null)));
-    assert!(matches!(PageRange::new(at(4096), 0), Err(RangeError::Empty { .. })));
-    assert!(matches!(PageRange::new(at(4097), 4096), Err(RangeError::Unaligned { .. })));
-    assert!(matches!(PageRange::new(at(4096), 4097), Err(RangeError::Unaligned { .. })));
-    assert!(matches!(PageRange::new(at(u64::MAX - 4095), 8192), Err(RangeError::Overflow { .. })));
+    assert!(matches!(
+        PageRange::new(at(4096), 0),
+        Err(RangeError::Empty { .. })
+    ));
+    assert!(matches!(
+        PageRange::new(at(4097), 4096),
+        Err(RangeError::Unaligned { .. })
+    ));
+    assert!(matches!(
+        PageRange::new(at(4096), 4097),
+        Err(RangeError::Unaligned { .. })
+    ));
+    assert!(matches!(
+        PageRange::new(at(u64::MAX - 4095), 8192),
+        Err(RangeError::Overflow { .. })
+    ));
     assert!(matches!(
         PageRange::new(at(0xffff_8000_0000_0000), 4096),
         Err(RangeError::Kernel { .. })
@@ -32,8 +46,14 @@ fn numbers_that_name_no_memory_are_refused() {
         std::ptr::slice_from_raw_parts(std::ptr::with_exposed_provenance::<u8>(address), len)
     };
     let id = device.id();
-    assert!(matches!(hmm.migrate(raw(0, 8192), id), Err(Error::Range(RangeError::Null))));
-    assert!(matches!(hmm.migrate(raw(1 << 20, 0), id), Err(Error::Range(RangeError::Empty { .. }))));
+    assert!(matches!(
+        hmm.migrate(raw(0, 8192), id),
+        Err(Error::Range(RangeError::Null))
+    ));
+    assert!(matches!(
+        hmm.migrate(raw(1 << 20, 0), id),
+        Err(Error::Range(RangeError::Empty { .. }))
+    ));
     assert!(matches!(
         hmm.migrate(raw(0xffff_8000_0000_0000, 8192), id),
         Err(Error::Range(RangeError::Kernel { .. }))
@@ -42,12 +62,20 @@ fn numbers_that_name_no_memory_are_refused() {
         hmm.migrate(raw(usize::MAX - 100, 8192), id),
         Err(Error::Range(RangeError::Overflow { .. }))
     ));
-    let words = std::ptr::slice_from_raw_parts(std::ptr::with_exposed_provenance::<u64>(8), usize::MAX);
+    let words =
+        std::ptr::slice_from_raw_parts(std::ptr::with_exposed_provenance::<u64>(8), usize::MAX);
     assert!(matches!(hmm.migrate(words, id), Err(Error::Range(_))));
     let nothing: [u8; 0] = [];
-    for result in [hmm.migrate(&nothing[..], id), hmm.evict(&nothing[..]), hmm.exclusive(&nothing[..], id)] {
+    for result in [
+        hmm.migrate(&nothing[..], id),
+        hmm.evict(&nothing[..]),
+        hmm.exclusive(&nothing[..], id),
+    ] {
         let error = result.unwrap_err();
-        assert!(matches!(error, Error::Range(RangeError::Empty { .. })), "{error}");
+        assert!(
+            matches!(error, Error::Range(RangeError::Empty { .. })),
+            "{error}"
+        );
     }
     assert!(hmm.residency(&nothing[..]).is_err());
     // A slice without a whole page moves nothing.
@@ -62,7 +90,10 @@ fn unmapped_addresses_are_named_in_the_error() {
     let _dog = watchdog("unmapped_addresses_are_named_in_the_error", 60);
     let (hmm, device) = engine(4);
     let range = PageRange::from_pages(VirtAddr::new(0x1000_0000), PageCount::new(3));
-    for result in [hmm.migrate(range, device.id()), hmm.exclusive(range, device.id())] {
+    for result in [
+        hmm.migrate(range, device.id()),
+        hmm.exclusive(range, device.id()),
+    ] {
         assert!(matches!(result, Err(Error::NotMapped { range: named }) if named == range));
     }
     // The whole of user space.
@@ -78,17 +109,35 @@ fn devices_that_are_gone_or_foreign_are_refused() {
     let map = Map::new(16);
     map.fill(1);
     for id in [DeviceId::new(7), DeviceId::new(15)] {
-        assert!(matches!(hmm.migrate(map.range(), id), Err(Error::NoDevice { device }) if device == id));
+        assert!(
+            matches!(hmm.migrate(map.range(), id), Err(Error::NoDevice { device }) if device == id)
+        );
         assert!(hmm.prefetch(map.range(), id).is_err());
         assert!(hmm.exclusive(map.range(), id).is_err());
     }
     assert!(first.remove().unwrap());
-    assert!(matches!(hmm.migrate(map.range(), first.id()), Err(Error::NoDevice { .. })));
-    assert_eq!(hmm.watched(map.range()).get(), 0, "a refused request changed something");
+    assert!(matches!(
+        hmm.migrate(map.range(), first.id()),
+        Err(Error::NoDevice { .. })
+    ));
+    assert_eq!(
+        hmm.watched(map.range()).get(),
+        0,
+        "a refused request changed something"
+    );
     map.check(1);
-    assert!(hmm.add_software_device(SoftwareOptions::new(ByteCount::new(0))).is_err());
-    assert!(hmm.add_software_device(SoftwareOptions::new(ByteCount::mib(1)).workers(0)).is_err());
-    assert!(hmm.add_software_device(SoftwareOptions::new(ByteCount::new(u64::MAX))).is_err());
+    assert!(
+        hmm.add_software_device(SoftwareOptions::new(ByteCount::new(0)))
+            .is_err()
+    );
+    assert!(
+        hmm.add_software_device(SoftwareOptions::new(ByteCount::mib(1)).workers(0))
+            .is_err()
+    );
+    assert!(
+        hmm.add_software_device(SoftwareOptions::new(ByteCount::new(u64::MAX)))
+            .is_err()
+    );
     hmm.shutdown().unwrap();
 }
 
@@ -118,7 +167,12 @@ fn more_than_the_device_holds_is_reported() {
     let report = hmm.migrate(map.range(), device.id()).unwrap();
     adds_up(&report, map.range());
     assert_eq!(report.moved.get(), 256);
-    assert!(report.stayed.iter().all(|stay| stay.reason == StayReason::NoDeviceMemory));
+    assert!(
+        report
+            .stayed
+            .iter()
+            .all(|stay| stay.reason == StayReason::NoDeviceMemory)
+    );
     map.check(2);
     hmm.shutdown().unwrap();
 }
@@ -148,10 +202,19 @@ fn memory_of_another_userfaultfd_is_left_alone() {
         if fd < 0 {
             skip!("userfaultfd(2): {}", std::io::Error::last_os_error());
         }
-        let mut api = Api { api: 0xaa, features: 0, ioctls: 0 };
+        let mut api = Api {
+            api: 0xaa,
+            features: 0,
+            ioctls: 0,
+        };
         assert_eq!(libc::ioctl(fd, 0xc018_aa3f, &raw mut api), 0);
         let start = map.page(16) as u64;
-        let mut register = Register { start, len: 16 * PAGE as u64, mode: 1, ioctls: 0 };
+        let mut register = Register {
+            start,
+            len: 16 * PAGE as u64,
+            mode: 1,
+            ioctls: 0,
+        };
         assert_eq!(libc::ioctl(fd, 0xc020_aa00, &raw mut register), 0);
         fd
     };
@@ -185,14 +248,30 @@ fn files_and_shared_memory_stay_and_are_used_in_place() {
     };
     let path = std::env::temp_dir().join(format!("hmm-test-{}", std::process::id()));
     std::fs::write(&path, vec![7u8; 8 * PAGE]).unwrap();
-    let file = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .unwrap();
     let raw = std::os::fd::AsRawFd::as_raw_fd(&file);
     let rw = libc::PROT_READ | libc::PROT_WRITE;
     for (what, map, in_place) in [
-        ("shared anonymous", Map::with(8, rw, libc::MAP_SHARED, -1), true),
+        (
+            "shared anonymous",
+            Map::with(8, rw, libc::MAP_SHARED, -1),
+            true,
+        ),
         ("memfd", Map::with(8, rw, libc::MAP_SHARED, fd), true),
-        ("file, shared", Map::with(8, rw, libc::MAP_SHARED, raw), true),
-        ("file, private", Map::with(8, rw, libc::MAP_PRIVATE, raw), true),
+        (
+            "file, shared",
+            Map::with(8, rw, libc::MAP_SHARED, raw),
+            true,
+        ),
+        (
+            "file, private",
+            Map::with(8, rw, libc::MAP_PRIVATE, raw),
+            true,
+        ),
     ] {
         map.fill(4);
         let report = hmm.migrate(map.range(), device.id()).unwrap();
@@ -204,10 +283,13 @@ fn files_and_shared_memory_stay_and_are_used_in_place() {
         );
         map.check(4);
         let first = Pointer::new(map.word(0));
-        let result =
-            device.launch(8, |context, page| context.fetch_add(first.at(page * WORDS), 1).map(drop));
+        let result = device.launch(8, |context, page| {
+            context.fetch_add(first.at(page * WORDS), 1).map(drop)
+        });
         assert!(result.is_ok() == in_place, "{what}: {result:?}");
-        assert!((0..8).all(|page| map.get(page * WORDS) == pattern(4, page * WORDS).wrapping_add(1)));
+        assert!(
+            (0..8).all(|page| map.get(page * WORDS) == pattern(4, page * WORDS).wrapping_add(1))
+        );
     }
     std::fs::remove_file(path).unwrap();
     // SAFETY: this test's descriptor.
@@ -230,14 +312,19 @@ fn locked_memory_stays() {
     assert!(only(&report, StayReason::Locked), "{report}");
     map.check(5);
     let first = Pointer::new(map.word(0));
-    device.launch(16, |context, page| context.store(first.at(page * WORDS), 1)).unwrap();
+    device
+        .launch(16, |context, page| context.store(first.at(page * WORDS), 1))
+        .unwrap();
     assert!((0..16).all(|page| map.get(page * WORDS) == 1));
     hmm.shutdown().unwrap();
 }
 
 #[test]
 fn memory_without_access_stays_and_read_only_memory_is_right() {
-    let _dog = watchdog("memory_without_access_stays_and_read_only_memory_is_right", 60);
+    let _dog = watchdog(
+        "memory_without_access_stays_and_read_only_memory_is_right",
+        60,
+    );
     let (hmm, device) = engine(4);
     let none = Map::new(16);
     none.fill(6);
@@ -252,7 +339,10 @@ fn memory_without_access_stays_and_read_only_memory_is_right() {
     map.protect(0, 16, libc::PROT_READ);
     let report = hmm.migrate(map.range(), device.id()).unwrap();
     adds_up(&report, map.range());
-    println!("read-only: {report}; copied: {}", hmm.statistics().fallback_pages);
+    println!(
+        "read-only: {report}; copied: {}",
+        hmm.statistics().fallback_pages
+    );
     assert!(report.moved.get() == 0 || hmm.statistics().fallback_pages >= report.moved.get());
     map.check(7);
     map.protect(0, 16, libc::PROT_READ | libc::PROT_WRITE);
@@ -267,7 +357,10 @@ fn memory_without_access_stays_and_read_only_memory_is_right() {
 fn pages_shared_with_a_child_are_unshared_or_stay() {
     let _dog = watchdog("pages_shared_with_a_child_are_unshared_or_stay", 60);
     let (hmm, device) = engine(4);
-    let (map, go) = (Map::new(64), Map::with(1, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, -1));
+    let (map, go) = (
+        Map::new(64),
+        Map::with(1, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, -1),
+    );
     map.fill(8);
     let child = common::fork(|| {
         while go.get(0) == 0 {
@@ -278,7 +371,13 @@ fn pages_shared_with_a_child_are_unshared_or_stay() {
     let report = hmm.migrate(map.range(), device.id()).unwrap();
     adds_up(&report, map.range());
     println!("{report}");
-    assert!(report.stayed.iter().all(|stay| stay.reason == StayReason::SharedCow), "{report}");
+    assert!(
+        report
+            .stayed
+            .iter()
+            .all(|stay| stay.reason == StayReason::SharedCow),
+        "{report}"
+    );
     map.check(8);
     map.fill(9);
     go.set(0, 1);
@@ -306,13 +405,19 @@ fn static_heap_and_stack_memory_survives_a_round_trip() {
         adds_up(&report, range.unwrap());
         let first = Pointer::new(at);
         device
-            .launch(words / 64, |context, index| context.fetch_add(first.at(index * 64), 1).map(drop))
+            .launch(words / 64, |context, index| {
+                context.fetch_add(first.at(index * 64), 1).map(drop)
+            })
             .unwrap();
         for index in 0..words {
             // SAFETY: as above.
             let seen = unsafe { at.wrapping_add(index).read_volatile() };
             let more = u64::from(index % 64 == 0 && index / 64 < words / 64);
-            assert_eq!(seen, pattern(10, index).wrapping_add(more), "{what}: word {index}");
+            assert_eq!(
+                seen,
+                pattern(10, index).wrapping_add(more),
+                "{what}: word {index}"
+            );
         }
     };
     check(".bss", (&raw mut STATIC).cast(), 64 * WORDS);
@@ -332,7 +437,11 @@ fn static_heap_and_stack_memory_survives_a_round_trip() {
         wait.recv().unwrap();
         std::hint::black_box(&mut words);
     });
-    check("stack of another thread", from.recv().unwrap().get(), 20 * WORDS);
+    check(
+        "stack of another thread",
+        from.recv().unwrap().get(),
+        20 * WORDS,
+    );
     done.send(()).unwrap();
     other.join().unwrap();
     drop((large, small));
@@ -343,11 +452,17 @@ fn static_heap_and_stack_memory_survives_a_round_trip() {
 fn limited(what: &str) {
     let (status, text) = run(helper("limits_of_the_process_are_errors", what), 60);
     println!("== {what}\n{text}");
-    assert!(status.unwrap_or_else(|| panic!("{what}: hangs")).success(), "{what}: {status:?}\n{text}");
+    assert!(
+        status.unwrap_or_else(|| panic!("{what}: hangs")).success(),
+        "{what}: {status:?}\n{text}"
+    );
 }
 
 fn limit(resource: libc::__rlimit_resource_t, soft: u64) {
-    let mut value = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    let mut value = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
     // SAFETY: plain system calls.
     unsafe {
         assert_eq!(libc::getrlimit(resource, &raw mut value), 0);
@@ -371,9 +486,14 @@ fn limits_of_the_process_are_errors() {
             for descriptors in 3..24 {
                 limit(libc::RLIMIT_NOFILE, descriptors);
                 match Hmm::open() {
-                    Ok(hmm) => match hmm.add_software_device(SoftwareOptions::new(ByteCount::mib(1))) {
+                    Ok(hmm) => match hmm
+                        .add_software_device(SoftwareOptions::new(ByteCount::mib(1)))
+                    {
                         Ok(device) => {
                             drop(hmm.migrate(map.range(), device.id()));
+                            // A fork needs a descriptor for the child, and waits
+                            // while there is none (docs/limits.md).
+                            limit(libc::RLIMIT_NOFILE, 1024);
                             let child = common::fork(|| i32::from(map.wrong(0, 64, 1).is_some()));
                             map.check(1);
                             assert_eq!(common::wait(child), 0, "{descriptors} descriptors");

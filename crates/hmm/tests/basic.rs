@@ -20,7 +20,13 @@ fn memory_goes_and_comes_home_by_itself() {
     assert_eq!(map.on_device(device.id()), report.moved);
     assert!(data.iter().copied().eq(0..4096 * 512));
     println!("{}", hmm.residency(&data[..]).unwrap());
-    assert_eq!(hmm.residency(&data[..]).unwrap().on_device(device.id()).get(), 0);
+    assert_eq!(
+        hmm.residency(&data[..])
+            .unwrap()
+            .on_device(device.id())
+            .get(),
+        0
+    );
     println!("{:?}", hmm.statistics());
     hmm.shutdown().unwrap();
 }
@@ -62,7 +68,12 @@ fn bad_input_is_named_and_changes_nothing() {
     let report = hmm.migrate(&data[..], device.id()).unwrap();
     println!("{report}");
     assert_eq!(report.moved.get(), 256);
-    assert!(report.stayed.iter().all(|stay| stay.reason == StayReason::NoDeviceMemory));
+    assert!(
+        report
+            .stayed
+            .iter()
+            .all(|stay| stay.reason == StayReason::NoDeviceMemory)
+    );
     assert!(data.iter().copied().eq(0..1024 * 512));
     hmm.shutdown().unwrap();
 }

@@ -5,8 +5,8 @@ mod common;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::{
-    Map, PAGE, WORDS, adds_up, all_free, device, engine, helper, nothing_staged, on_device, pattern,
-    role, run, send, watchdog,
+    Map, PAGE, WORDS, adds_up, all_free, device, engine, helper, nothing_staged, on_device,
+    pattern, role, run, send, watchdog,
 };
 use hmm::{FailAt, KernelError, LaunchError, LossMode, PageResidency, Pointer, StayReason};
 
@@ -31,7 +31,11 @@ fn a_kernel_walks_and_changes_a_linked_list() {
     let (hmm, device) = engine(32);
     let mut head: *mut Node = std::ptr::null_mut();
     for value in 0..20_000u64 {
-        head = Box::into_raw(Box::new(Node { value, next: head, ballast: [value; 30] }));
+        head = Box::into_raw(Box::new(Node {
+            value,
+            next: head,
+            ballast: [value; 30],
+        }));
     }
     let start = Pointer::new(head);
     let sum = AtomicU64::new(0);
@@ -42,7 +46,10 @@ fn a_kernel_walks_and_changes_a_linked_list() {
                 let value = context.load(at.cast::<u64>())?;
                 sum.fetch_add(value, Ordering::Relaxed);
                 context.store(at.cast::<u64>(), value + 1)?;
-                at = context.load(at.wrapping_byte_add(std::mem::offset_of!(Node, next)).cast::<*mut Node>())?;
+                at = context.load(
+                    at.wrapping_byte_add(std::mem::offset_of!(Node, next))
+                        .cast::<*mut Node>(),
+                )?;
             }
             Ok(())
         })
@@ -78,7 +85,11 @@ fn bad_pointers_in_a_kernel_are_errors() {
         for write in [false, true] {
             let error = device
                 .launch(3, |context, _| {
-                    if write { context.store(at.get(), 1) } else { context.load(at.get()).map(drop) }
+                    if write {
+                        context.store(at.get(), 1)
+                    } else {
+                        context.load(at.get()).map(drop)
+                    }
                 })
                 .expect_err(what);
             println!("{what}: {error}");
@@ -90,15 +101,39 @@ fn bad_pointers_in_a_kernel_are_errors() {
         }
     }
     let end = Pointer::<[u64; 4]>::new(std::ptr::with_exposed_provenance_mut(usize::MAX - 7));
-    let error = device.launch(1, |context, _| context.load(end.get()).map(drop)).unwrap_err();
-    assert!(matches!(error, LaunchError::Kernel { error: KernelError::Overflow { .. }, .. }), "{error}");
+    let error = device
+        .launch(1, |context, _| context.load(end.get()).map(drop))
+        .unwrap_err();
+    assert!(
+        matches!(
+            error,
+            LaunchError::Kernel {
+                error: KernelError::Overflow { .. },
+                ..
+            }
+        ),
+        "{error}"
+    );
     let odd = Pointer::<u64>::new(std::ptr::with_exposed_provenance_mut(0x1001));
-    let error = device.launch(1, |context, _| context.fetch_add(odd.get(), 1).map(drop)).unwrap_err();
-    assert!(matches!(error, LaunchError::Kernel { error: KernelError::Unaligned { .. }, .. }), "{error}");
+    let error = device
+        .launch(1, |context, _| context.fetch_add(odd.get(), 1).map(drop))
+        .unwrap_err();
+    assert!(
+        matches!(
+            error,
+            LaunchError::Kernel {
+                error: KernelError::Unaligned { .. },
+                ..
+            }
+        ),
+        "{error}"
+    );
     // And the device still works.
     let map = Map::new(4);
     let first = Pointer::new(map.word(0));
-    device.launch(4, |context, page| context.store(first.at(page * WORDS), 7)).unwrap();
+    device
+        .launch(4, |context, page| context.store(first.at(page * WORDS), 7))
+        .unwrap();
     assert!((0..4).all(|page| map.get(page * WORDS) == 7));
     drop(map);
     hmm.shutdown().unwrap();
@@ -120,11 +155,17 @@ fn writes_to_read_only_memory_are_refused() {
         let error = device
             .launch(1, |context, _| context.store(first.at(5), 99))
             .expect_err("a store to read-only memory");
-        assert!(fault_of(&error).contains("ReadOnly"), "away: {away}: {error}");
+        assert!(
+            fault_of(&error).contains("ReadOnly"),
+            "away: {away}: {error}"
+        );
         let error = device
             .launch(1, |context, _| context.fetch_add(first.at(5), 99).map(drop))
             .expect_err("an atomic on read-only memory");
-        assert!(fault_of(&error).contains("ReadOnly"), "away: {away}: {error}");
+        assert!(
+            fault_of(&error).contains("ReadOnly"),
+            "away: {away}: {error}"
+        );
         let seen = AtomicU64::new(0);
         device
             .launch(1, |context, _| {
@@ -146,7 +187,11 @@ fn writes_to_read_only_memory_are_refused() {
         })
         .unwrap();
     assert_eq!(seen.into_inner(), 12);
-    assert!(device.launch(1, |context, _| context.store(constant.at(1), 1)).is_err());
+    assert!(
+        device
+            .launch(1, |context, _| context.store(constant.at(1), 1))
+            .is_err()
+    );
     assert_eq!(CONSTANT[1], 12);
     hmm.shutdown().unwrap();
 }
@@ -173,14 +218,27 @@ fn a_panic_in_a_kernel_is_an_error_and_nothing_else() {
             other => panic!("{other}"),
         }
     }
-    let error = device.launch(2, |_, _| Err(KernelError::User(5))).unwrap_err();
-    assert!(matches!(error, LaunchError::Kernel { error: KernelError::User(5), .. }), "{error}");
+    let error = device
+        .launch(2, |_, _| Err(KernelError::User(5)))
+        .unwrap_err();
+    assert!(
+        matches!(
+            error,
+            LaunchError::Kernel {
+                error: KernelError::User(5),
+                ..
+            }
+        ),
+        "{error}"
+    );
     map.check(2);
     let first = Pointer::new(map.word(0));
-    device.launch(64, |context, page| context.store(first.at(page * WORDS), 3)).unwrap();
+    device
+        .launch(64, |context, page| context.store(first.at(page * WORDS), 3))
+        .unwrap();
     assert!((0..64).all(|page| map.get(page * WORDS) == 3));
     drop(map);
-    all_free(&device);
+    all_free(&hmm, &device);
     hmm.shutdown().unwrap();
 }
 
@@ -194,8 +252,14 @@ fn the_engine_cannot_be_asked_from_a_kernel() {
     let (asked, other) = (&hmm, device);
     device
         .launch(1, move |_, _| {
-            assert!(matches!(asked.migrate(range, other.id()), Err(hmm::Error::EngineThread)));
-            assert!(matches!(other.launch(1, |_, _| Ok(())), Err(LaunchError::Nested)));
+            assert!(matches!(
+                asked.migrate(range, other.id()),
+                Err(hmm::Error::EngineThread)
+            ));
+            assert!(matches!(
+                other.launch(1, |_, _| Ok(())),
+                Err(LaunchError::Nested)
+            ));
             Ok(())
         })
         .unwrap();
@@ -215,16 +279,27 @@ fn failed_allocations_are_reported_and_harmless() {
         let report = hmm.migrate(map.range(), device.id()).unwrap();
         adds_up(&report, map.range());
         println!("{count} failures: {report}");
-        assert!(report.stayed.iter().all(|stay| stay.reason == StayReason::NoDeviceMemory), "{report}");
+        assert!(
+            report
+                .stayed
+                .iter()
+                .all(|stay| stay.reason == StayReason::NoDeviceMemory),
+            "{report}"
+        );
         map.check(4);
         // A kernel works all the same: in place, if need be.
         device.injector().fail_allocations(count);
         let first = Pointer::new(map.word(0));
         device
-            .launch(100, |context, page| context.fetch_add(first.at(page * WORDS), 1).map(drop))
+            .launch(100, |context, page| {
+                context.fetch_add(first.at(page * WORDS), 1).map(drop)
+            })
             .unwrap();
         for page in 0..100 {
-            assert_eq!(map.get(page * WORDS), pattern(4, page * WORDS).wrapping_add(1));
+            assert_eq!(
+                map.get(page * WORDS),
+                pattern(4, page * WORDS).wrapping_add(1)
+            );
             map.set(page * WORDS, pattern(4, page * WORDS));
         }
         device.injector().fail_allocations(0);
@@ -232,11 +307,13 @@ fn failed_allocations_are_reported_and_harmless() {
     send(&hmm, map.range(), &device);
     device.injector().fail_maps(1000);
     let first = Pointer::new(map.word(0));
-    let _ = device.launch(10, |context, page| context.load(first.at(page * WORDS)).map(drop));
+    let _ = device.launch(10, |context, page| {
+        context.load(first.at(page * WORDS)).map(drop)
+    });
     device.injector().fail_maps(0);
     map.check(4);
     drop(map);
-    all_free(&device);
+    all_free(&hmm, &device);
     hmm.shutdown().unwrap();
 }
 
@@ -265,7 +342,7 @@ fn failed_copies_lose_nothing() {
             device.injector().fail_copies(0, 0, at);
             map.check(5);
             drop(map);
-            all_free(&device);
+            all_free(&hmm, &device);
             nothing_staged(&hmm);
             hmm.shutdown().unwrap();
         }
@@ -291,7 +368,10 @@ fn a_cpu_touch_survives_a_few_failed_copies() {
 
 #[test]
 fn everything_comes_home_from_a_lost_device_that_is_readable() {
-    let _dog = watchdog("everything_comes_home_from_a_lost_device_that_is_readable", 60);
+    let _dog = watchdog(
+        "everything_comes_home_from_a_lost_device_that_is_readable",
+        60,
+    );
     let (hmm, device) = engine(32);
     let map = Map::new(1500);
     map.fill(7);
@@ -312,7 +392,10 @@ fn everything_comes_home_from_a_lost_device_that_is_readable() {
     send(&hmm, map.range(), &second);
     map.check(7);
     assert!(device.remove().unwrap());
-    assert!(matches!(hmm.migrate(map.range(), device.id()), Err(hmm::Error::NoDevice { .. })));
+    assert!(matches!(
+        hmm.migrate(map.range(), device.id()),
+        Err(hmm::Error::NoDevice { .. })
+    ));
     drop(map);
     hmm.shutdown().unwrap();
 }
@@ -388,15 +471,18 @@ fn pages_go_from_device_to_device() {
             }
         });
         for page in 0..3000 {
-            assert_eq!(map.get(page * WORDS), pattern(10, page * WORDS).wrapping_add(2));
+            assert_eq!(
+                map.get(page * WORDS),
+                pattern(10, page * WORDS).wrapping_add(2)
+            );
             map.set(page * WORDS, pattern(10, page * WORDS));
         }
         map.check(10);
     }
     assert!(hmm.statistics().pages_between_devices >= 2000);
     drop(map);
-    all_free(&first);
-    all_free(&second);
+    all_free(&hmm, &first);
+    all_free(&hmm, &second);
     hmm.shutdown().unwrap();
 }
 
@@ -410,7 +496,13 @@ fn a_cpu_touch_revokes_exclusive_pages() {
     adds_up(&report, map.range());
     assert!(report.is_complete(), "{report}");
     let exclusive = PageResidency::Exclusive(device.id());
-    assert!(hmm.residency(map.range()).unwrap().pages().iter().all(|&page| page == exclusive));
+    assert!(
+        hmm.residency(map.range())
+            .unwrap()
+            .pages()
+            .iter()
+            .all(|&page| page == exclusive)
+    );
     assert_eq!(device.free_memory(), device.memory());
     map.check_part(20, 1, 11);
     assert_eq!(hmm.residency(map.part(20, 1)).unwrap().in_system().get(), 1);
@@ -480,15 +572,25 @@ fn four_times_the_devices_memory_works() {
             .unwrap();
     }
     for index in 0..4 * 1024 * WORDS {
-        assert_eq!(map.get(index), pattern(12, index).wrapping_mul(27), "word {index}");
+        assert_eq!(
+            map.get(index),
+            pattern(12, index).wrapping_mul(27),
+            "word {index}"
+        );
     }
     assert!(hmm.statistics().evicted_pages > 0);
     let report = hmm.migrate(map.range(), device.id()).unwrap();
     adds_up(&report, map.range());
     assert_eq!(report.stayed_pages.get(), 3 * 1024, "{report}");
-    assert!(report.stayed.iter().all(|stay| stay.reason == StayReason::NoDeviceMemory), "{report}");
+    assert!(
+        report
+            .stayed
+            .iter()
+            .all(|stay| stay.reason == StayReason::NoDeviceMemory),
+        "{report}"
+    );
     drop(map);
-    all_free(&device);
+    all_free(&hmm, &device);
     hmm.shutdown().unwrap();
 }
 

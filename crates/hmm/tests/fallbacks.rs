@@ -1,7 +1,10 @@
 //! The same with kernel facilities switched off: slower, counted, and right.
 mod common;
 
-use common::{Map, PAGE, WORDS, all_free, engine_of, fetch, fork, nothing_staged, pattern, send, wait, watchdog};
+use common::{
+    Map, PAGE, WORDS, all_free, engine_of, fetch, fork, nothing_staged, pattern, send, wait,
+    watchdog,
+};
 use hmm::{Disable, Hmm, Pointer, StatsSnapshot};
 
 /// A bit of everything; what the engine counted.
@@ -18,10 +21,15 @@ fn everything(disable: Disable) -> StatsSnapshot {
     // Kernels.
     let first = Pointer::new(map.word(0));
     device
-        .launch(1200, |context, page| context.fetch_add(first.at(page * WORDS), 1).map(drop))
+        .launch(1200, |context, page| {
+            context.fetch_add(first.at(page * WORDS), 1).map(drop)
+        })
         .unwrap();
     for page in 0..1200 {
-        assert_eq!(map.get(page * WORDS), pattern(1, page * WORDS).wrapping_add(1));
+        assert_eq!(
+            map.get(page * WORDS),
+            pattern(1, page * WORDS).wrapping_add(1)
+        );
     }
     // Structural events.
     map.fill(2);
@@ -64,7 +72,7 @@ fn everything(disable: Disable) -> StatsSnapshot {
     });
     map.check_part(0, 1000, 34);
     drop(map);
-    all_free(&device);
+    all_free(&hmm, &device);
     nothing_staged(&hmm);
     let statistics = hmm.statistics();
     println!("{disable:?}: {statistics:#?}");
@@ -82,32 +90,47 @@ fn with_everything_nothing_falls_back() {
 #[test]
 fn without_moving_pages_are_copied_and_counted() {
     let _dog = watchdog("without_moving_pages_are_copied_and_counted", 100);
-    let statistics = everything(Disable { move_pages: true, ..Disable::default() });
+    let statistics = everything(Disable {
+        move_pages: true,
+        ..Disable::default()
+    });
     assert!(statistics.fallback_pages > 0);
 }
 
 #[test]
 fn without_pagemap_scan_it_works() {
     let _dog = watchdog("without_pagemap_scan_it_works", 100);
-    everything(Disable { pagemap_scan: true, ..Disable::default() });
+    everything(Disable {
+        pagemap_scan: true,
+        ..Disable::default()
+    });
 }
 
 #[test]
 fn without_procmap_query_it_works() {
     let _dog = watchdog("without_procmap_query_it_works", 100);
-    everything(Disable { procmap_query: true, ..Disable::default() });
+    everything(Disable {
+        procmap_query: true,
+        ..Disable::default()
+    });
 }
 
 #[test]
 fn without_fork_events_everything_is_home_in_time() {
     let _dog = watchdog("without_fork_events_everything_is_home_in_time", 100);
-    everything(Disable { fork_events: true, ..Disable::default() });
+    everything(Disable {
+        fork_events: true,
+        ..Disable::default()
+    });
 }
 
 #[test]
 fn without_privilege_it_works() {
     let _dog = watchdog("without_privilege_it_works", 100);
-    let disable = Disable { privileged: true, ..Disable::default() };
+    let disable = Disable {
+        privileged: true,
+        ..Disable::default()
+    };
     let hmm = Hmm::builder().disable(disable).open().unwrap();
     assert!(!hmm.serves_kernel_faults(), "it must say so");
     hmm.shutdown().unwrap();

@@ -46,7 +46,10 @@ fn kill_9_while_migrations_run_ends_the_process() {
         assert!(child.try_wait().unwrap().is_none(), "it ended by itself");
         child.kill().unwrap();
         let status = wait_at_most(&mut child, 10).expect("a killed process does not end");
-        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(libc::SIGKILL));
+        assert_eq!(
+            std::os::unix::process::ExitStatusExt::signal(&status),
+            Some(libc::SIGKILL)
+        );
     }
 }
 
@@ -60,10 +63,17 @@ fn exit_while_migrations_run_ends_promptly() {
     }
     for _ in 0..5 {
         let start = Instant::now();
-        let (status, text) = run(helper("exit_while_migrations_run_ends_promptly", "exit"), 20);
+        let (status, text) = run(
+            helper("exit_while_migrations_run_ends_promptly", "exit"),
+            20,
+        );
         let status = status.unwrap_or_else(|| panic!("exit hangs: {text}"));
         assert_eq!(status.code(), Some(42), "{text}");
-        assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+        assert!(
+            start.elapsed() < Duration::from_secs(10),
+            "{:?}",
+            start.elapsed()
+        );
     }
 }
 
@@ -78,7 +88,10 @@ fn a_panic_with_pages_away_unwinds_as_usual() {
         // Dropped in reverse: the mapping goes first, then the engine.
         panic!("on purpose: {}", map.get(WORDS));
     }
-    let (status, text) = run(helper("a_panic_with_pages_away_unwinds_as_usual", "panic"), 20);
+    let (status, text) = run(
+        helper("a_panic_with_pages_away_unwinds_as_usual", "panic"),
+        20,
+    );
     let status = status.unwrap_or_else(|| panic!("a panic hangs: {text}"));
     assert_eq!(status.code(), Some(101), "{status} {text}");
     assert!(text.contains("on purpose"), "{text}");
@@ -93,10 +106,16 @@ fn closing_all_descriptors_loses_nothing() {
         map.fill(3);
         send(&hmm, map.range(), &device);
         // SAFETY: closes whatever the program has open besides 0 to 2.
-        assert_eq!(unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) }, 0);
+        assert_eq!(
+            unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) },
+            0
+        );
         map.check(3);
         send(&hmm, map.range(), &device);
-        assert_eq!(common::wait(common::fork(|| i32::from(map.wrong(0, 1000, 3).is_some()))), 0);
+        assert_eq!(
+            common::wait(common::fork(|| i32::from(map.wrong(0, 1000, 3).is_some()))),
+            0
+        );
         fetch(&hmm, map.range());
         map.check(3);
         hmm.shutdown().unwrap();
@@ -105,7 +124,10 @@ fn closing_all_descriptors_loses_nothing() {
         return;
     }
     let (status, text) = run(helper("closing_all_descriptors_loses_nothing", "close"), 60);
-    assert!(status.is_some_and(|status| status.success()), "{status:?} {text}");
+    assert!(
+        status.is_some_and(|status| status.success()),
+        "{status:?} {text}"
+    );
     assert!(text.contains("all there"), "{text}");
 }
 
@@ -123,14 +145,23 @@ fn signals_while_faulting_do_no_harm() {
         let map = Map::new(1500);
         map.fill(4);
         let timer = libc::itimerval {
-            it_interval: libc::timeval { tv_sec: 0, tv_usec: 1000 },
-            it_value: libc::timeval { tv_sec: 0, tv_usec: 1000 },
+            it_interval: libc::timeval {
+                tv_sec: 0,
+                tv_usec: 1000,
+            },
+            it_value: libc::timeval {
+                tv_sec: 0,
+                tv_usec: 1000,
+            },
         };
         // SAFETY: a handler that only counts, and a timer.
         unsafe {
             let handler: extern "C" fn(i32) = on_alarm;
             libc::signal(libc::SIGALRM, handler as *const () as usize);
-            assert_eq!(libc::setitimer(libc::ITIMER_REAL, &raw const timer, std::ptr::null_mut()), 0);
+            assert_eq!(
+                libc::setitimer(libc::ITIMER_REAL, &raw const timer, std::ptr::null_mut()),
+                0
+            );
         }
         let end = Instant::now() + Duration::from_secs(3);
         while Instant::now() < end {
@@ -146,7 +177,10 @@ fn signals_while_faulting_do_no_harm() {
         return;
     }
     let (status, text) = run(helper("signals_while_faulting_do_no_harm", "signals"), 60);
-    assert!(status.is_some_and(|status| status.success()), "{status:?} {text}");
+    assert!(
+        status.is_some_and(|status| status.success()),
+        "{status:?} {text}"
+    );
     assert!(text.contains("all there"), "{text}");
 }
 
@@ -162,8 +196,14 @@ fn a_forgotten_engine_does_not_keep_a_process_alive() {
         map.leak();
         return;
     }
-    let (status, text) = run(helper("a_forgotten_engine_does_not_keep_a_process_alive", "forget"), 20);
-    assert!(status.unwrap_or_else(|| panic!("hangs: {text}")).success(), "{text}");
+    let (status, text) = run(
+        helper("a_forgotten_engine_does_not_keep_a_process_alive", "forget"),
+        20,
+    );
+    assert!(
+        status.unwrap_or_else(|| panic!("hangs: {text}")).success(),
+        "{text}"
+    );
 }
 
 #[test]

@@ -103,7 +103,10 @@ static ALLOCATOR: Guarded = Guarded;
 
 #[test]
 fn the_fault_path_uses_no_heap_and_no_lock_of_a_faulting_thread() {
-    let _dog = watchdog("the_fault_path_uses_no_heap_and_no_lock_of_a_faulting_thread", 100);
+    let _dog = watchdog(
+        "the_fault_path_uses_no_heap_and_no_lock_of_a_faulting_thread",
+        100,
+    );
     let (hmm, device) = engine(16);
     let map = Map::new(2000);
     map.fill(1);
@@ -155,7 +158,10 @@ fn the_fault_path_uses_no_heap_and_no_lock_of_a_faulting_thread() {
         }
     });
     TOUCHED.store(0, Ordering::Release);
-    println!("{} touches with the allocator's lock held", TOUCHES.load(Ordering::Relaxed));
+    println!(
+        "{} touches with the allocator's lock held",
+        TOUCHES.load(Ordering::Relaxed)
+    );
     fetch(&hmm, map.range());
     map.check(1);
     drop(map);

@@ -12,7 +12,9 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{HUGE, Map, PAGE, Rng, WORDS, all_free, fork, nothing_staged, pattern, wait, watchdog};
+use common::{
+    HUGE, Map, PAGE, Rng, WORDS, all_free, fork, nothing_staged, pattern, wait, watchdog,
+};
 use hmm::{Error, Hmm, PageCount, PageRange, Pointer, SoftwareDevice, VirtAddr};
 
 /// Pages of each owner's region.
@@ -143,7 +145,11 @@ fn device_counter(field: &Field, counters: &Map, number: usize, shares: &[Atomic
 /// Writes and checks a region of its own with the CPU.
 fn keeper(field: &Field, seed: u64, huge: bool) -> String {
     let mut rng = Rng::new(seed);
-    let map = if huge { Map::aligned(2 * HUGE, true) } else { Map::new(REGION) };
+    let map = if huge {
+        Map::aligned(2 * HUGE, true)
+    } else {
+        Map::new(REGION)
+    };
     let mut generations = vec![0u64; map.pages()];
     map.fill(0);
     field.enter(&map);
@@ -241,7 +247,11 @@ enum Content {
 /// Unmaps, maps, drops and remaps its own region all the time.
 fn shifter(field: &Field, seed: u64, huge: bool) -> String {
     let mut rng = Rng::new(seed);
-    let mut map = if huge { Map::aligned(HUGE * 2, true) } else { Map::new(REGION) };
+    let mut map = if huge {
+        Map::aligned(HUGE * 2, true)
+    } else {
+        Map::new(REGION)
+    };
     let pages = map.pages();
     // The word index changes with the page only: patterns move with the data.
     let mut contents = vec![Content::Zeros; pages];
@@ -300,8 +310,7 @@ fn shifter(field: &Field, seed: u64, huge: bool) -> String {
                     );
                     assert_ne!(reserved, libc::MAP_FAILED);
                     let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-                    let new =
-                        libc::mremap(at.cast(), map.bytes(), map.bytes(), flags, reserved);
+                    let new = libc::mremap(at.cast(), map.bytes(), map.bytes(), flags, reserved);
                     if new == libc::MAP_FAILED {
                         libc::munmap(reserved, map.bytes());
                     }
@@ -398,7 +407,8 @@ fn forker(field: &Field, seed: u64) -> String {
                     return 10 + libc::WEXITSTATUS(status);
                 }
             }
-            let rest = (0..REGION).any(|page| page != own && map.wrong(page, 1, generation).is_some());
+            let rest =
+                (0..REGION).any(|page| page != own && map.wrong(page, 1, generation).is_some());
             2 * i32::from(rest) + 4 * i32::from(map.wrong(own, 1, !generation).is_some())
         });
         generation = rng.next();
@@ -406,7 +416,10 @@ fn forker(field: &Field, seed: u64) -> String {
             map.fill_part(page, 1, generation);
         }
         let status = wait(child);
-        assert_eq!(status, 0, "LOST DATA in a child (fork {forks}, grandchild: {grandchild})");
+        assert_eq!(
+            status, 0,
+            "LOST DATA in a child (fork {forks}, grandchild: {grandchild})"
+        );
         for page in 0..REGION {
             check(&map, page, generation, "forker");
         }
@@ -465,12 +478,18 @@ fn stress_many_threads_against_an_oracle() {
         }
         field.stop.store(true, Ordering::Relaxed);
         let ends: Vec<_> = threads.into_iter().map(|thread| thread.join()).collect();
-        ends.into_iter().map(|end| end.expect("a thread found an error, see above")).collect::<Vec<_>>()
+        ends.into_iter()
+            .map(|end| end.expect("a thread found an error, see above"))
+            .collect::<Vec<_>>()
     });
     done.iter().for_each(|line| println!("{line}"));
     for (index, share) in shares.iter().enumerate() {
         let expected = share.load(Ordering::Relaxed);
-        assert_eq!(counters.get(place(index)), expected, "counter {index} lost counts");
+        assert_eq!(
+            counters.get(place(index)),
+            expected,
+            "counter {index} lost counts"
+        );
     }
     finish(&field, &counters);
     drop(counters);
@@ -478,7 +497,11 @@ fn stress_many_threads_against_an_oracle() {
     nothing_staged(&field.hmm);
     // What movers took along by names that were out of date is home after this.
     for device in &field.devices {
-        assert!(device.remove().unwrap(), "{} did not let go of everything", device.name());
+        assert!(
+            device.remove().unwrap(),
+            "{} did not let go of everything",
+            device.name()
+        );
     }
     field.hmm.shutdown().unwrap();
 }
@@ -502,8 +525,9 @@ fn a_forking_process_keeps_its_data() {
     field.enter(&first);
     std::thread::scope(|scope| {
         let field = &field;
-        let mut threads: Vec<_> =
-            (11..13).map(|number| scope.spawn(move || mover(field, seed ^ number))).collect();
+        let mut threads: Vec<_> = (11..13)
+            .map(|number| scope.spawn(move || mover(field, seed ^ number)))
+            .collect();
         threads.extend((1..3).map(|number| scope.spawn(move || forker(field, seed ^ number))));
         let end = Instant::now() + Duration::from_secs(8);
         while Instant::now() < end && !threads.iter().any(|thread| thread.is_finished()) {
@@ -511,7 +535,10 @@ fn a_forking_process_keeps_its_data() {
         }
         field.stop.store(true, Ordering::Relaxed);
         for thread in threads {
-            println!("{}", thread.join().expect("a thread found an error, see above"));
+            println!(
+                "{}",
+                thread.join().expect("a thread found an error, see above")
+            );
         }
     });
     field.hmm.shutdown().unwrap();
@@ -546,6 +573,6 @@ fn device_memory_is_whole_after_a_storm() {
     map.check(1);
     hmm.evict(map.range()).unwrap();
     nothing_staged(&hmm);
-    all_free(&device);
+    all_free(&hmm, &device);
     hmm.shutdown().unwrap();
 }

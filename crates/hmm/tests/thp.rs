@@ -10,13 +10,22 @@ fn huge_kib(map: &Map) -> u64 {
     let mut inside = false;
     let mut sum = 0;
     for line in smaps.lines() {
-        let head = line.split_once(' ').and_then(|(range, _)| range.split_once('-'));
+        let head = line
+            .split_once(' ')
+            .and_then(|(range, _)| range.split_once('-'));
         if let Some((from, to)) = head
-            && let (Ok(from), Ok(to)) = (usize::from_str_radix(from, 16), usize::from_str_radix(to, 16))
+            && let (Ok(from), Ok(to)) = (
+                usize::from_str_radix(from, 16),
+                usize::from_str_radix(to, 16),
+            )
         {
             inside = from < end && start < to;
         } else if inside && let Some(rest) = line.strip_prefix("AnonHugePages:") {
-            sum += rest.trim().trim_end_matches(" kB").parse::<u64>().expect("a number");
+            sum += rest
+                .trim()
+                .trim_end_matches(" kB")
+                .parse::<u64>()
+                .expect("a number");
         }
     }
     sum
@@ -30,7 +39,11 @@ fn settles_at(hmm: &hmm::Hmm, map: &Map, kib: u64) {
         }
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
-    panic!("{} KiB of huge pages instead of {kib}: {:#?}", huge_kib(map), hmm.statistics());
+    panic!(
+        "{} KiB of huge pages instead of {kib}: {:#?}",
+        huge_kib(map),
+        hmm.statistics()
+    );
 }
 
 fn huge_map(blocks: usize) -> Option<Map> {
@@ -43,19 +56,30 @@ fn huge_map(blocks: usize) -> Option<Map> {
 fn huge_pages_stay_huge_across_a_round_trip() {
     let _dog = watchdog("huge_pages_stay_huge_across_a_round_trip", 60);
     let (hmm, device) = engine(32);
-    let Some(map) = huge_map(4) else { skip!("the kernel gives no transparent huge pages here") };
+    let Some(map) = huge_map(4) else {
+        skip!("the kernel gives no transparent huge pages here")
+    };
     for round in 0..5 {
         let report = send(&hmm, map.range(), &device);
-        assert_eq!(report.huge.get(), 4 * HUGE as u64, "round {round}: {report:?}");
+        assert_eq!(
+            report.huge.get(),
+            4 * HUGE as u64,
+            "round {round}: {report:?}"
+        );
         assert_eq!(huge_kib(&map), 0);
         let report = fetch(&hmm, map.range());
         assert!(report.is_complete(), "{report}");
-        assert_eq!(huge_kib(&map), 4 * 2048, "round {round}: {:#?}", hmm.statistics());
+        assert_eq!(
+            huge_kib(&map),
+            4 * 2048,
+            "round {round}: {:#?}",
+            hmm.statistics()
+        );
         map.check(1);
     }
     assert_eq!(hmm.statistics().huge_pages_lost, 0);
     drop(map);
-    all_free(&device);
+    all_free(&hmm, &device);
     hmm.shutdown().unwrap();
 }
 
@@ -63,7 +87,9 @@ fn huge_pages_stay_huge_across_a_round_trip() {
 fn a_touch_of_one_byte_brings_the_huge_page_home() {
     let _dog = watchdog("a_touch_of_one_byte_brings_the_huge_page_home", 60);
     let (hmm, device) = engine(32);
-    let Some(map) = huge_map(2) else { skip!("the kernel gives no transparent huge pages here") };
+    let Some(map) = huge_map(2) else {
+        skip!("the kernel gives no transparent huge pages here")
+    };
     send(&hmm, map.range(), &device);
     assert_eq!(map.get(300 * WORDS), common::pattern(1, 300 * WORDS));
     settles_at(&hmm, &map, 2048);
@@ -77,7 +103,9 @@ fn a_touch_of_one_byte_brings_the_huge_page_home() {
 fn part_of_a_huge_page_moves_and_the_data_is_right() {
     let _dog = watchdog("part_of_a_huge_page_moves_and_the_data_is_right", 60);
     let (hmm, device) = engine(32);
-    let Some(map) = huge_map(2) else { skip!("the kernel gives no transparent huge pages here") };
+    let Some(map) = huge_map(2) else {
+        skip!("the kernel gives no transparent huge pages here")
+    };
     let report = send(&hmm, map.part(100, 600), &device);
     adds_up(&report, map.part(100, 600));
     map.check(1);
