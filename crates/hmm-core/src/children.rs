@@ -13,7 +13,7 @@ use hmm_mem::Vec;
 use hmm_types::{DeviceId, FrameId, FrameRange, PageCount, PageRange, VirtAddr};
 
 use crate::engine::{COPY_LIMIT, Engine};
-use crate::executor::{BOUNCE_PAGES, Executor};
+use crate::executor::{BOUNCE_LEN, Executor};
 use crate::home::run_transfers;
 use crate::map::SpaceMap;
 use crate::page::PageState;
@@ -248,7 +248,7 @@ impl Engine<'_> {
     /// Gives a child the owed pages from `start` on that follow each other, a
     /// few at a time. `None` when nothing is owed at `start`.
     fn give_run(&self, executor: &mut Executor, space: SpaceId, start: VirtAddr) -> Option<u64> {
-        let mut run: [Option<Owed>; BOUNCE_PAGES as usize] = [None; BOUNCE_PAGES as usize];
+        let mut run: [Option<Owed>; BOUNCE_LEN] = [None; BOUNCE_LEN];
         let mut len = 0u64;
         {
             let mut children = self.children.lock();
@@ -403,7 +403,7 @@ impl Engine<'_> {
                 match child.owed.last() {
                     Some(owed) => {
                         // Whole runs from the end: taking the last is cheap.
-                        let from = child.owed.len().saturating_sub(BOUNCE_PAGES as usize);
+                        let from = child.owed.len().saturating_sub(BOUNCE_LEN);
                         let start = child.owed[from..]
                             .iter()
                             .rev()

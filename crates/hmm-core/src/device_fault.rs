@@ -204,6 +204,10 @@ impl Engine<'_> {
             return Some(Resolution::Retry);
         }
         let mut in_place = slot.in_place.lock();
+        // Whoever ends the device sets that first, then takes what is here.
+        if self.is_closing() || slot.is_retired() {
+            return None;
+        }
         if in_place.len() == MAX_IN_PLACE {
             in_place
                 .drain(..)

@@ -5,6 +5,8 @@ use hmm_types::{PageCount, PageRange, VirtAddr};
 
 /// Pages of bounce memory that every executor owns.
 pub const BOUNCE_PAGES: u64 = 64;
+/// The same as the length of an array.
+pub(crate) const BOUNCE_LEN: usize = 64;
 
 /// A fault that was read and waits to be served.
 #[derive(Clone, Copy, Debug)]

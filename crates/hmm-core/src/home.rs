@@ -15,7 +15,8 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use hmm_hal::{DeviceError, Progress, SpaceId, Stop, Transfer};
 use hmm_types::{
-    DeviceId, FrameId, FrameRange, PAGES_PER_BLOCK, PageCount, PageRange, StayReason, VirtAddr,
+    BLOCK_PAGES, DeviceId, FrameId, FrameRange, PAGES_PER_BLOCK, PageCount, PageRange, StayReason,
+    VirtAddr,
 };
 
 use crate::engine::{COPY_LIMIT, Engine};
@@ -278,15 +279,9 @@ impl Engine<'_> {
         let PageState::Device { device, .. } = inner.state(index) else {
             unreachable!("only pages that are away are wanted");
         };
-        let huge = inner.huge
-            && index == 0
-            && end == PAGES_PER_BLOCK as u32
-            && place.start().is_block_aligned();
-        let most = if huge {
-            PAGES_PER_BLOCK as u32
-        } else {
-            STEP_PAGES
-        };
+        let huge =
+            inner.huge && index == 0 && end == BLOCK_PAGES && place.start().is_block_aligned();
+        let most = if huge { BLOCK_PAGES } else { STEP_PAGES };
         let mut claim = Claim {
             block: piece.block,
             first: index,
@@ -316,7 +311,7 @@ impl Engine<'_> {
                 PageState::Downloading { device, frame },
             );
         }
-        claim.huge &= claim.pages == PAGES_PER_BLOCK as u32;
+        claim.huge &= claim.pages == BLOCK_PAGES;
         Claimed::Pages(claim)
     }
 
@@ -671,6 +666,10 @@ impl Engine<'_> {
     }
 }
 
+#[allow(
+    clippy::large_enum_variant,
+    reason = "lives on the stack for one step; the fault path allocates nothing"
+)]
 enum Claimed {
     /// There is nothing to copy; the step says how far it looked.
     Nothing,

@@ -81,7 +81,7 @@ impl PageEntry {
 
     /// The state without any mark.
     pub(crate) const fn new(state: PageState) -> Self {
-        let (tag, device, index) = match state {
+        let (tag, device, index): (u64, usize, u32) = match state {
             PageState::System => (0, 0, 0),
             PageState::Discarded => (1, 0, 0),
             PageState::Device { device, frame } => (2, device.index(), frame.get()),
@@ -94,7 +94,7 @@ impl PageEntry {
             PageState::Dropping { device, frame } => (8, device.index(), frame.get()),
             PageState::Dropped { device, frame } => (9, device.index(), frame.get()),
         };
-        Self((tag as u64) << STATE_SHIFT | (device as u64) << DEVICE_SHIFT | index as u64)
+        Self(tag << STATE_SHIFT | (device as u64) << DEVICE_SHIFT | index as u64)
     }
 
     pub(crate) fn state(self) -> PageState {

@@ -14,7 +14,7 @@
 
 use hmm_hal::StagingLayout;
 use hmm_mem::Vec;
-use hmm_types::{PAGES_PER_BLOCK, PageCount, PageRange, VirtAddr};
+use hmm_types::{BLOCK_PAGES, PAGES_PER_BLOCK, PageCount, PageRange, VirtAddr};
 
 /// A page of staging memory, numbered through both arenas.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -93,7 +93,7 @@ impl Slot {
         populated: PageSet::EMPTY,
         busy: PageSet::EMPTY,
         ready: 0,
-        room: PAGES_PER_BLOCK as u16,
+        room: 512,
     };
 
     const fn is_idle(&self) -> bool {
@@ -319,7 +319,7 @@ impl StagingPool {
             let of_kind = kind.is_none_or(|kind| self.arena(kind).contains(&number));
             of_kind && slot.is_idle() && slot.ready > 0
         })?;
-        let run = self.hold(slot, 0, PAGES_PER_BLOCK as u32);
+        let run = self.hold(slot, 0, BLOCK_PAGES);
         let range =
             PageRange::from_pages(self.address(run.first), PageCount::from(PAGES_PER_BLOCK));
         Some((run, range))
@@ -330,7 +330,7 @@ impl StagingPool {
         let slot = self
             .arena(kind)
             .find(|&slot| self.slots[slot].room as usize == PAGES_PER_BLOCK)?;
-        let run = self.hold(slot, 0, PAGES_PER_BLOCK as u32);
+        let run = self.hold(slot, 0, BLOCK_PAGES);
         let range =
             PageRange::from_pages(self.address(run.first), PageCount::from(PAGES_PER_BLOCK));
         Some((run, range))

@@ -7,7 +7,7 @@ use hmm_hal::{DeviceError, Transfer};
 use hmm_types::{DeviceId, FrameId, FrameRange, PageCount, PageRange, StayReason};
 
 use crate::engine::Engine;
-use crate::executor::{BOUNCE_PAGES, Executor};
+use crate::executor::{BOUNCE_LEN, BOUNCE_PAGES, Executor};
 use crate::home::run_transfers;
 use crate::page::PageState;
 use crate::staging::PageSet;
@@ -31,7 +31,7 @@ impl Engine<'_> {
             }
             Err(_) => return Passed::new(want, Fate::Stayed(StayReason::DeviceLost)),
         };
-        let mut sources = [FrameId::new(0); BOUNCE_PAGES as usize];
+        let mut sources = [FrameId::new(0); BOUNCE_LEN];
         let Some(flight) = self.claim_transfer(range, from, frames, &mut sources) else {
             slot.device.free(frames);
             return Passed::new(1, Fate::Busy);

@@ -58,6 +58,15 @@ pub fn arena_range() -> Option<PageRange> {
     })
 }
 
+/// Reserves the arena's addresses now, if that has not been done. False when
+/// the process may not have that much address space: then nothing can be
+/// allocated here.
+#[must_use]
+pub fn reserve() -> bool {
+    let mut arena = ARENA.lock().unwrap_or_else(PoisonError::into_inner);
+    !arena.base.is_null() || arena.reserve().is_some()
+}
+
 /// Bytes of the arena that are handed out now, rounded up to the sizes in
 /// which it hands them out.
 #[must_use]

@@ -21,7 +21,7 @@ use std::ptr::NonNull;
 
 use allocator_api2::alloc::{AllocError, Allocator, Layout};
 
-pub use arena::{arena_range, in_use_bytes};
+pub use arena::{arena_range, in_use_bytes, reserve};
 pub use pages::Pages;
 
 /// Allocates from the engine's arena.

@@ -23,10 +23,9 @@ impl Pages {
     /// Takes `count` zeroed pages, populated. `None` when the arena is full.
     #[must_use]
     pub fn new(count: PageCount) -> Option<Self> {
-        let bytes = count
-            .index()
-            .checked_mul(PageCount::ONE.bytes().get() as usize)?;
-        let layout = Layout::from_size_align(bytes, PAGE_SIZE as usize).ok()?;
+        let page = VirtAddr::new(PAGE_SIZE).addr();
+        let bytes = count.index().checked_mul(page)?;
+        let layout = Layout::from_size_align(bytes, page).ok()?;
         let start = arena::allocate(layout)?.cast::<u8>();
         // SAFETY: the block is ours and at least `bytes` long.
         unsafe { start.write_bytes(0, bytes) };

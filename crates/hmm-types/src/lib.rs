@@ -17,5 +17,6 @@ pub use memory::{Access, MemoryKind, PageResidency, Permissions};
 pub use range::{BlockSpans, PageRange, RangeError};
 pub use reason::StayReason;
 pub use units::{
-    BLOCK_SIZE, ByteCount, PAGE_SHIFT, PAGE_SIZE, PAGES_PER_BLOCK, PageCount, USER_END, VirtAddr,
+    BLOCK_PAGES, BLOCK_SIZE, ByteCount, PAGE_SHIFT, PAGE_SIZE, PAGES_PER_BLOCK, PageCount,
+    USER_END, VirtAddr,
 };

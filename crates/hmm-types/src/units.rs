@@ -11,6 +11,8 @@ pub const PAGE_SHIFT: u32 = 12;
 pub const BLOCK_SIZE: u64 = 2 << 20;
 /// Pages in a block.
 pub const PAGES_PER_BLOCK: usize = 512;
+/// The same as the type of indices in a block.
+pub const BLOCK_PAGES: u32 = 512;
 /// First address that user space cannot have: x86-64 with four-level tables
 /// ends user space one page below 2^47.
 pub const USER_END: u64 = (1 << 47) - PAGE_SIZE;

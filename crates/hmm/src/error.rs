@@ -40,7 +40,9 @@ pub enum Error {
     #[error("cannot open the address space: {0}")]
     Open(#[from] hmm_os::OpenError),
     /// An engine thread could not be started.
-    #[error("cannot start an engine thread: {0}; see `ulimit -u`")]
+    #[error(
+        "cannot start an engine thread: {0}; see `ulimit -u` (threads) and `ulimit -n` (descriptors)"
+    )]
     Thread(#[from] std::io::Error),
     /// A setting makes no sense.
     #[error("{setting} cannot be {value}: {why}")]

@@ -185,6 +185,9 @@ impl Hmm {
     }
 
     pub(crate) fn start(builder: Builder) -> Result<Self, Error> {
+        if !hmm_mem::reserve() {
+            return Err(Error::EngineMemory);
+        }
         let threads = EngineThreads::start()?;
         let space = threads.run_on_root(|| LinuxSpace::open(builder.open_config()))?;
         let space: &'static LinuxSpace = hmm_mem::leaked(space);
@@ -398,9 +401,8 @@ impl Hmm {
 
 impl Drop for Hmm {
     fn drop(&mut self) {
-        if let Err(error) = self.end() {
+        if self.end().is_err() {
             hmm_os::warn("hmm: at shutdown not everything came home; the engine keeps serving it");
-            drop(error);
         }
     }
 }

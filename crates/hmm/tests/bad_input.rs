@@ -198,7 +198,8 @@ fn memory_of_another_userfaultfd_is_left_alone() {
     }
     // SAFETY: plain system calls with structures as the kernel has them.
     let fd = unsafe {
-        let fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) as i32;
+        let fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC);
+        let fd = i32::try_from(fd).expect("a descriptor");
         if fd < 0 {
             skip!("userfaultfd(2): {}", std::io::Error::last_os_error());
         }

@@ -1,5 +1,10 @@
 //! munmap, mremap, madvise and fork of memory that is on a device, half there,
 //! or mixed: what the program sees is what it would see without an engine.
+
+#![allow(
+    clippy::needless_range_loop,
+    reason = "the index names the mix in messages too"
+)]
 mod common;
 
 use std::process::Command;
@@ -456,7 +461,11 @@ fn a_chain_of_forks_reads_right_data() {
             .wrong(left, 6 - left, 28)
             .or(map.wrong(0, left, 27))
             .or(map.wrong(6, PAGES - 6, 27));
-        if wrong.is_some() { 10 + left as i32 } else { 0 }
+        if wrong.is_some() {
+            10 + i32::try_from(left).unwrap_or(0)
+        } else {
+            0
+        }
     }
     assert_eq!(wait(fork(|| generation(&map, 5))), 0);
     map.check(27);

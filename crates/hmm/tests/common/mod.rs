@@ -14,7 +14,8 @@ use hmm::{
 };
 
 /// Bytes of a page.
-pub const PAGE: usize = PAGE_SIZE as usize;
+pub const PAGE: usize = 4096;
+const _: () = assert!(PAGE_SIZE == 4096);
 /// Words of a page.
 pub const WORDS: usize = PAGE / 8;
 /// Pages of a huge page.
