@@ -114,8 +114,9 @@ mod tests {
 
     #[test]
     fn what_is_kept_is_cut_out() {
-        let range =
-            |page, pages| PageRange::from_pages(VirtAddr::new(page * 4096), PageCount::new(pages));
+        let range = |page: u64, pages: u64| {
+            PageRange::from_pages(VirtAddr::new(page * 4096), PageCount::new(pages))
+        };
         let all = range(10, 10);
         assert_eq!(outside(all, range(30, 5)), [Some(all), None]);
         assert_eq!(

@@ -2,6 +2,8 @@
 //! that a faulting thread can hold: this binary's allocator ends the process
 //! when a handler calls it, and holds a lock while it touches memory that is on
 //! a device.
+
+#![allow(clippy::cast_possible_truncation, reason = "a 64-bit test")]
 mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};

@@ -6,6 +6,12 @@
 //! printed; threads interleave as they like, so it is a hint, not a replay).
 //! `HMM_STRESS_WITHOUT=mremap,fork,...` leaves parts out, to narrow a failure
 //! down.
+
+#![allow(
+    clippy::needless_range_loop,
+    clippy::cast_possible_truncation,
+    reason = "page numbers name pages in messages; counters are small"
+)]
 mod common;
 
 use std::sync::Mutex;
