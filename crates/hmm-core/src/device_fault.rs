@@ -162,7 +162,10 @@ impl Engine<'_> {
                 match stayed {
                     None => return Ok(Resolution::Mapped),
                     Some(StayReason::Raced | StayReason::Busy) => return Ok(Resolution::Retry),
-                    Some(StayReason::DeviceLost) => return Err(DeviceFaultError::DeviceLost),
+                    // This device, or the one that the page is on.
+                    Some(reason @ StayReason::DeviceLost) => {
+                        return Err(DeviceFaultError::Unreachable { address, reason });
+                    }
                     Some(StayReason::Cancelled) => return Err(DeviceFaultError::ShuttingDown),
                     Some(reason) => reason,
                 }

@@ -190,6 +190,9 @@ impl<'env> Engine<'env> {
     pub fn shut_down(&self, executor: &mut Executor) -> bool {
         self.closing.store(true, Ordering::SeqCst);
         self.wait_for_departures();
+        for (_, slot) in self.devices.all() {
+            slot.forget_in_place();
+        }
         let home = self.bring_all_home(executor, None);
         let clean = home & self.drain_children(executor, u64::MAX);
         if clean {
@@ -200,9 +203,6 @@ impl<'env> Engine<'env> {
 
     /// Lets all registered memory go: from here on it is the program's alone.
     fn unwatch_all(&self) {
-        for (_, slot) in self.devices.all() {
-            slot.forget_in_place();
-        }
         let mut map = self.gate.write();
         // What mremap added to a mapping is registered like the rest of it, and
         // the engine was not told.

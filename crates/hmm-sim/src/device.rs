@@ -216,7 +216,7 @@ impl SimDevice {
         if !used.is_empty() {
             return Err(format!("the device still has {used:?}"));
         }
-        let mapped: Vec<_> = state.table.keys().collect();
+        let mapped: Vec<_> = state.table.iter().collect();
         if !mapped.is_empty() {
             return Err(format!("the device still maps {mapped:?}"));
         }
