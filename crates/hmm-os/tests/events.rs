@@ -39,6 +39,7 @@ fn faults_say_who_wants_what() {
         // A fault in flight does not stand in the way of others.
         assert_eq!(os.space.zero_pages(SpaceId::OWN, area.page(2)), done(1));
         assert_eq!(os.space.zero_pages(SpaceId::OWN, area.page(3)), done(1));
+        os.space.wake(SpaceId::OWN, area.page(3));
     });
     assert_eq!((area.get(2), area.get(3)), (0, 5));
 }
@@ -223,6 +224,7 @@ fn a_child_gets_its_pages() {
             .space
             .copy_pages(child, slot.slice(2, 1).start(), area.page(2));
         assert_eq!(copied, done(1));
+        os.space.wake(child, area.page(2));
         pid
     });
     assert_eq!(reap(pid), 42);

@@ -105,6 +105,7 @@ fn descriptors_are_out_of_the_programs_reach() {
                 {
                     let page = PageRange::page_of(address).unwrap();
                     space.zero_pages(id, page);
+                    space.wake(id, page);
                 }
             }
         }
