@@ -245,6 +245,19 @@ impl Engine<'_> {
         self.space.wake(space, page);
     }
 
+    /// A child's thread writes to a page that the engine had write-protected in
+    /// the parent when it forked. The page is the child's own: it may.
+    pub(crate) fn child_writes(&self, executor: &mut Executor, space: SpaceId, address: VirtAddr) {
+        let page = PageRange::from_pages(address.page_floor(), PageCount::ONE);
+        let mut attempt = 0;
+        while self.space.allow_writes(space, page).stop == Some(Stop::Again)
+            && self.wait_for_events(executor, attempt)
+        {
+            attempt += 1;
+        }
+        self.space.wake(space, page);
+    }
+
     /// Gives a child the owed pages from `start` on that follow each other, a
     /// few at a time. `None` when nothing is owed at `start`.
     fn give_run(&self, executor: &mut Executor, space: SpaceId, start: VirtAddr) -> Option<u64> {

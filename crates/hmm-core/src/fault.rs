@@ -39,7 +39,12 @@ impl Engine<'_> {
     fn serve_fault(&self, executor: &mut Executor, fault: QueuedFault) {
         self.stats.cpu_faults.fetch_add(1, Relaxed);
         if fault.space != SpaceId::OWN {
-            self.child_fault(executor, fault.space, fault.address);
+            match fault.kind {
+                FaultKind::Missing => self.child_fault(executor, fault.space, fault.address),
+                FaultKind::WriteProtected => {
+                    self.child_writes(executor, fault.space, fault.address);
+                }
+            }
             return;
         }
         let page = PageRange::from_pages(fault.address.page_floor(), PageCount::ONE);

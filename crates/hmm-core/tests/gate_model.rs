@@ -247,6 +247,10 @@ impl AddressSpace for Space {
         done(range.pages().get(), None)
     }
 
+    fn allow_writes(&self, _: SpaceId, range: PageRange) -> Progress {
+        done(range.pages().get(), None)
+    }
+
     fn read_pages(&self, _: PageRange, _: VirtAddr) -> Progress {
         unreachable!("pages are moved here")
     }

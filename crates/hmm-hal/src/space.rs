@@ -184,6 +184,11 @@ pub trait AddressSpace: Sync {
     /// Stops (or allows again) writes to the pages of the range.
     fn write_protect(&self, range: PageRange, on: bool) -> Progress;
 
+    /// Allows writes to the pages of the range again in any space: a forked
+    /// child inherits a protection that its parent's engine had set. Wakes who
+    /// waits to write.
+    fn allow_writes(&self, space: SpaceId, range: PageRange) -> Progress;
+
     /// Copies pages of the program to `to` (engine memory of the same length).
     /// Stops with [`Stop::NotMapped`] instead of raising a signal. May wait for
     /// a fault to be served: call it without any lock, and never on a thread

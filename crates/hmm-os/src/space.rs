@@ -409,6 +409,10 @@ impl AddressSpace for LinuxSpace {
         self.parts().uffd.write_protect(range, on)
     }
 
+    fn allow_writes(&self, space: SpaceId, range: PageRange) -> Progress {
+        self.on(space, |uffd| uffd.write_protect(range, false))
+    }
+
     fn read_pages(&self, from: PageRange, to: VirtAddr) -> Progress {
         assert_none_held();
         peek::read(self.pid, from, to)

@@ -248,6 +248,55 @@ fn a_child_gets_its_pages() {
     );
 }
 
+#[test]
+fn a_child_may_write_what_was_protected_in_its_parent() {
+    let Some(os) = open() else { return };
+    let capabilities = os.space.capabilities();
+    if os.lacks(
+        !(capabilities.fork_events && capabilities.write_protect),
+        "fork events (CAP_SYS_PTRACE) and write protection",
+    ) {
+        return;
+    }
+    let area = Area::new(4, false);
+    area.fill();
+    os.space.register(area.range).unwrap();
+    assert_eq!(os.space.write_protect(area.range, true), done(4));
+    let child = SpaceId::new(1);
+    let pid = thread::scope(|scope| {
+        let forking = scope.spawn(|| {
+            fork(|| {
+                area.set(2, 77);
+                if area.get(2) == 77 { 42 } else { 1 }
+            })
+        });
+        let mut events = os.next_events();
+        assert!(matches!(events.remove(0), Event::Fork { .. }));
+        let pid = forking.join().unwrap();
+        if events.is_empty() {
+            events = os.next_events();
+        }
+        assert!(
+            matches!(
+                events[..],
+                [Event::Fault {
+                    space,
+                    kind: FaultKind::WriteProtected,
+                    ..
+                }] if space == child
+            ),
+            "{events:?}"
+        );
+        assert_eq!(os.space.allow_writes(child, area.page(2)), done(1));
+        os.space.wake(child, area.page(2));
+        pid
+    });
+    assert_eq!(reap(pid), 42);
+    assert_eq!(area.get(2), tag(2), "the parent's page is its own");
+    assert_eq!(os.next_events(), [Event::Exit { space: child }]);
+    os.space.release(child);
+}
+
 fn slot_pointer(slot: hmm_types::PageRange) -> *mut libc::c_void {
     std::ptr::with_exposed_provenance_mut(slot.start().addr())
 }

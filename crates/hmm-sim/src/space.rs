@@ -392,6 +392,14 @@ impl AddressSpace for SimSpace {
         self.state().write_protect(range, on)
     }
 
+    /// Children of the simulation do not inherit a protection.
+    fn allow_writes(&self, _: SpaceId, range: PageRange) -> Progress {
+        Progress {
+            done: range.pages(),
+            stop: None,
+        }
+    }
+
     fn read_pages(&self, from: PageRange, to: VirtAddr) -> Progress {
         for (index, page) in (0..).zip(from.iter_pages()) {
             let mut seen = None;
