@@ -164,6 +164,9 @@ pub trait AddressSpace: Sync {
     /// [`AddressSpace::presence`] of the source before. Wakes nobody: the caller
     /// wakes when it holds no lock any more, or the woken thread could run in
     /// its place while others wait for the lock.
+    ///
+    /// A hole that meets a page counts as done, or stops with
+    /// [`Stop::Exists`]: only move holes to where holes are.
     fn move_pages(&self, from: PageRange, to: VirtAddr) -> Progress;
 
     /// Places copies of `to.pages()` pages that begin at `from` (engine memory)

@@ -378,7 +378,7 @@ impl AddressSpace for LinuxSpace {
                 || parts.staging.contains(from),
             "neither {from} nor {to} is staging memory"
         );
-        parts.uffd.move_pages(from, to)
+        parts.uffd.move_pages(from, to, &parts.pagemap)
     }
 
     fn copy_pages(&self, space: SpaceId, from: VirtAddr, to: PageRange) -> Progress {

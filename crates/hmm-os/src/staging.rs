@@ -114,7 +114,7 @@ impl Staging {
             return false;
         };
         let _ = fresh.prefer_huge(huge);
-        if fresh.populate().is_err() || !fill(slot, fresh.range(), uffd) {
+        if fresh.populate().is_err() || !fill(slot, fresh.range(), uffd, pagemap) {
             return false;
         }
         if huge && !is_huge(slot, pagemap) {
@@ -125,14 +125,14 @@ impl Staging {
 }
 
 /// Moves (or, before Linux 6.8, copies) all pages of `fresh` into the slot.
-fn fill(slot: PageRange, fresh: PageRange, uffd: &Uffd) -> bool {
+fn fill(slot: PageRange, fresh: PageRange, uffd: &Uffd, pagemap: &Pagemap) -> bool {
     let total = slot.pages().get();
     let mut done = 0;
     for _ in 0..MOVE_TRIES {
         let from = fresh.slice(done, total - done);
         let to = slot.slice(done, total - done);
         let Progress { done: more, stop } = if uffd.features() & FEATURE_MOVE != 0 {
-            uffd.move_pages(from, to.start())
+            uffd.move_pages(from, to.start(), pagemap)
         } else {
             uffd.copy(from.start(), to)
         };

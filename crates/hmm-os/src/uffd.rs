@@ -13,7 +13,7 @@
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use hmm_hal::{Progress, RegisterError, Stop};
+use hmm_hal::{Presence, Progress, RegisterError, Stop};
 use hmm_types::{PAGE_SIZE, PageCount, PageRange, USER_END, VirtAddr};
 use linux_raw_sys::general as raw;
 use rustix::fs::{Mode, OFlags, open};
@@ -21,6 +21,8 @@ use rustix::io::{Errno, Result};
 use rustix::mm::{UserfaultfdFlags, userfaultfd};
 
 use crate::abi;
+use crate::fatal::fail;
+use crate::pagemap::Pagemap;
 
 /// Every feature this project knows, with the kernel's name for it.
 pub(crate) const FEATURES: [(u64, &str); 17] = [
@@ -194,7 +196,7 @@ impl Uffd {
     }
 
     /// Moves pages; holes count as done. Wakes nobody.
-    pub(crate) fn move_pages(&self, from: PageRange, to: VirtAddr) -> Progress {
+    pub(crate) fn move_pages(&self, from: PageRange, to: VirtAddr, pagemap: &Pagemap) -> Progress {
         let progress = advance(from.pages(), |first, pages| {
             let mut argument = abi::uffdio_move {
                 dst: to.plus_pages(first).get(),
@@ -206,7 +208,12 @@ impl Uffd {
             // SAFETY: one of the ranges is staging memory and the other one is
             // tracked by core, which decided that its pages go.
             let result = unsafe { abi::ioctl(self.as_fd(), abi::UFFDIO_MOVE, &mut argument) };
-            step(pages, argument.move_, result)
+            let mut step = step(pages, argument.move_, result);
+            if step.error == Some(Errno::EXIST) {
+                let rest = from.slice(first, pages);
+                step.done = uncounted(pagemap, rest, to.plus_pages(first));
+            }
+            step
         });
         self.wake_after(progress, to);
         progress
@@ -327,6 +334,40 @@ impl Uffd {
         // SAFETY: the kernel has filled `count` whole messages, which are plain
         // numbers, valid whatever the bytes.
         Ok(unsafe { std::slice::from_raw_parts(buffer.as_ptr().cast(), count) })
+    }
+}
+
+/// How many pages have moved although the kernel says that it met others in
+/// their place.
+///
+/// Linux 6.18 moves pages in batches (mm/userfaultfd.c, `move_pages`). When it
+/// has had to try a page again, because the page was locked for a moment, it
+/// moves the batch that begins there but does not count it, tries the same page
+/// once more, and finds the one it has just moved in the way. So what is there
+/// tells: the pages are at `to`, and where they came from are holes.
+fn uncounted(pagemap: &Pagemap, from: PageRange, to: VirtAddr) -> u64 {
+    let leading = |range: PageRange, wanted: fn(Presence) -> bool| {
+        let mut len = 0;
+        let seen = pagemap.visit(range, &mut |span, presence| {
+            if wanted(presence) && span.start() == range.start().plus_pages(len) {
+                len += span.pages().get();
+            }
+        });
+        if let Err(error) = seen {
+            fail(format_args!(
+                "cannot tell which pages of {from} the kernel has moved to {to} ({error}); going \
+                 on could lose them, so the process ends now"
+            ));
+        }
+        len
+    };
+    let there = PageRange::from_pages(to, from.pages());
+    let arrived = leading(there, |presence| presence != Presence::Hole);
+    match arrived {
+        0 => 0,
+        _ => leading(from.slice(0, arrived), |presence| {
+            presence == Presence::Hole
+        }),
     }
 }
 

@@ -3,9 +3,10 @@
 mod common;
 
 use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
 
 use common::{Area, HUGE, SMALL, done, fork, kill, load, open, open_without, stopped, tag};
-use hmm_hal::{AddressSpace, Presence, RegisterError, SpaceId, Stop};
+use hmm_hal::{AddressSpace, Presence, Progress, RegisterError, SpaceId, Stop};
 use hmm_os::{Disable, LinuxSpace};
 use hmm_types::{PageRange, StayReason, VirtAddr};
 
@@ -82,13 +83,47 @@ fn holes_are_skipped() {
             }
         );
     }
-    // Nothing but holes now. The kernel looks at the destination first.
+    // Nothing but holes now.
     let other = os.small_slot(1).start();
     assert_eq!(os.space.move_pages(area.range, other), done(256));
-    assert_eq!(
-        os.space.move_pages(area.range, slot.start()),
-        stopped(0, Stop::Exists)
-    );
+}
+
+/// A page that is locked for a moment while it moves: Linux 6.18 then moves
+/// pages that it does not count.
+#[test]
+fn no_page_moves_uncounted() {
+    let Some(os) = open() else { return };
+    if os.lacks(!os.space.capabilities().move_pages, "UFFDIO_MOVE") {
+        return;
+    }
+    let area = Area::new(64, false);
+    area.fill();
+    os.space.register(area.range).unwrap();
+    let slot = os.small_slot(0).slice(0, 64);
+    let move_all = |from: PageRange, to: VirtAddr| {
+        let mut moved = 0;
+        while moved < 64 {
+            let rest = from.slice(moved, 64 - moved);
+            let Progress { done, stop } = os.space.move_pages(rest, to.plus_pages(moved));
+            assert!(matches!(stop, None | Some(Stop::Again)), "{stop:?}");
+            moved += done.get();
+        }
+    };
+    std::thread::scope(|scope| {
+        let mover = scope.spawn(|| {
+            let end = Instant::now() + Duration::from_secs(2);
+            while Instant::now() < end {
+                move_all(area.range, slot.start());
+                assert!(os.all_are(area.range, Presence::Hole));
+                move_all(slot, area.range.start());
+                area.check();
+            }
+        });
+        while !mover.is_finished() {
+            // Locks each page, and changes nothing that is in it.
+            area.advise(libc::MADV_COLD);
+        }
+    });
 }
 
 #[test]

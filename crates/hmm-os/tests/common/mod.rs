@@ -215,6 +215,13 @@ impl Area {
         assert_eq!(result, 0);
     }
 
+    pub fn advise(&self, advice: i32) {
+        // SAFETY: the whole area; the tests give advice that keeps its content.
+        let result =
+            unsafe { libc::madvise(self.base.cast(), self.range.pages().index() * PAGE, advice) };
+        assert_eq!(result, 0);
+    }
+
     pub fn lock(&self) -> bool {
         // SAFETY: the whole area.
         unsafe { libc::mlock(self.base.cast(), self.range.pages().index() * PAGE) == 0 }
