@@ -4,13 +4,10 @@ use hmm::{PAGE_SIZE, PageCount, PageRange, VirtAddr};
 
 use super::index::Index;
 
-/// Pages without a node that still belong to one span.
-const LARGEST_GAP_PAGES: u64 = 256;
-
-/// Pages that lie together.
+/// Pages that lie together, each with a part of the structure.
 #[derive(Clone, Copy, Debug)]
 pub struct Span {
-    /// From the first page with part of the structure to the last one.
+    /// From the first of them to the last one.
     pub range: PageRange,
 }
 
@@ -32,7 +29,7 @@ pub fn of(index: &Index<'_>) -> Vec<Span> {
     pages.sort_unstable();
     pages.dedup();
     pages
-        .chunk_by(|before, after| after - before <= LARGEST_GAP_PAGES)
+        .chunk_by(|before, after| after - before == 1)
         .map(|run| Span {
             range: PageRange::from_pages(
                 VirtAddr::new(run[0] * PAGE_SIZE),
