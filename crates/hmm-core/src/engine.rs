@@ -1,6 +1,6 @@
 //! The engine: its parts, its settings, and adding and removing devices.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use hmm_hal::{AddressSpace, Capabilities, Clock, Device};
@@ -93,7 +93,8 @@ pub struct Engine<'env> {
     pub(crate) owing: AtomicBool,
     control: Mutex<()>,
     closing: AtomicBool,
-    paused: AtomicBool,
+    /// Who wants nothing to leave; several threads may fork at once.
+    pauses: AtomicU32,
     /// Steps under way that take pages out of system memory.
     departing: AtomicU64,
     /// Counts ended transitions; who met a page in flight waits for the next.
@@ -133,7 +134,7 @@ impl<'env> Engine<'env> {
             owing: AtomicBool::new(false),
             control: Mutex::new(Rank::Control, ()),
             closing: AtomicBool::new(false),
-            paused: AtomicBool::new(false),
+            pauses: AtomicU32::new(0),
             departing: AtomicU64::new(0),
             progress: Mutex::new(Rank::Queue, 0),
             progressed: Condvar::new(),
@@ -226,16 +227,18 @@ impl<'env> Engine<'env> {
         self.closing.store(true, Ordering::SeqCst);
     }
 
-    /// Lets no page leave system memory until [`Engine::resume`]; what is under
-    /// way has ended when this returns. Requests and device faults wait.
+    /// Lets no page leave system memory until [`Engine::resume`] was called as
+    /// often; what is under way has ended when this returns. Requests and
+    /// device faults wait.
     pub fn pause(&self) {
-        self.paused.store(true, Ordering::SeqCst);
+        self.pauses.fetch_add(1, Ordering::SeqCst);
         self.wait_for_departures();
     }
 
     /// The opposite of [`Engine::pause`].
     pub fn resume(&self) {
-        self.paused.store(false, Ordering::SeqCst);
+        let before = self.pauses.fetch_sub(1, Ordering::SeqCst);
+        assert!(before > 0, "resumed more often than paused");
         self.transition_ended();
     }
 
@@ -255,7 +258,7 @@ impl<'env> Engine<'env> {
             if self.is_closing() {
                 return None;
             }
-            if !self.paused.load(Ordering::SeqCst) {
+            if self.pauses.load(Ordering::SeqCst) == 0 {
                 return Some(departure);
             }
             drop(departure);

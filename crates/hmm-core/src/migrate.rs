@@ -144,6 +144,9 @@ impl Engine<'_> {
         if mapping.engine_owned {
             return Some(StayReason::EngineOwned);
         }
+        if mapping.thread_memory {
+            return Some(StayReason::ThreadMemory);
+        }
         match mapping.kind {
             MemoryKind::PrivateAnonymous => {}
             MemoryKind::File => return Some(StayReason::FileBacked),

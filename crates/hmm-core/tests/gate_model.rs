@@ -137,6 +137,7 @@ impl AddressSpace for Space {
                 kind: MemoryKind::PrivateAnonymous,
                 permissions: Permissions::READ_WRITE,
                 engine_owned: false,
+                thread_memory: false,
             });
         }
         Ok(())

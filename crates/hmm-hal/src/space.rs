@@ -45,6 +45,9 @@ pub struct Mapping {
     pub permissions: Permissions,
     /// Whether it is memory of the engine itself, or a loaded program's.
     pub engine_owned: bool,
+    /// Whether it is memory of a thread that the kernel itself uses, and faults
+    /// of the kernel are not served: see [`Capabilities::kernel_faults`].
+    pub thread_memory: bool,
 }
 
 /// What the CPU's page table holds for a page.

@@ -80,14 +80,18 @@ unsafe extern "C" fn note_module(
 pub(crate) fn first_part(range: PageRange) -> (PageRange, bool) {
     let lists = EXCLUDED.lock();
     let arena = hmm_mem::arena_range();
-    let all = || {
-        lists
-            .ranges
-            .iter()
-            .chain(lists.modules.iter())
-            .chain(arena.iter())
-            .copied()
-    };
+    first_part_in(range, || {
+        let lists = lists.ranges.iter().chain(lists.modules.iter());
+        lists.chain(arena.iter()).copied()
+    })
+}
+
+/// The first part of the range that lies in the ranges as a whole, or not at
+/// all.
+pub(crate) fn first_part_in<I: Iterator<Item = PageRange>>(
+    range: PageRange,
+    all: impl Fn() -> I,
+) -> (PageRange, bool) {
     let covering = |address| {
         all()
             .filter(move |known| known.contains(address))

@@ -5,6 +5,7 @@
 //! hooks around fork(3); a raw clone(2) system call goes past them (see
 //! `docs/limits.md`).
 
+use std::cell::Cell;
 use std::sync::Once;
 
 use hmm_sync::{Mutex, Rank};
@@ -23,6 +24,13 @@ const MAX_GUARDED: usize = 16;
 static GUARDED: Mutex<[Option<&'static dyn ForkHooks>; MAX_GUARDED]> =
     Mutex::new(Rank::System, [None; MAX_GUARDED]);
 static INSTALLED: Once = Once::new();
+
+thread_local! {
+    /// Whose hooks were called before this thread's fork: an engine that opens
+    /// meanwhile, in another thread, must not be told about its end only.
+    static CALLED: Cell<[Option<&'static dyn ForkHooks>; MAX_GUARDED]> =
+        const { Cell::new([None; MAX_GUARDED]) };
+}
 
 /// Has an engine's hooks called around every fork from now on. False when too
 /// many engines are guarded.
@@ -55,14 +63,14 @@ pub fn unguard_forks(hooks: &'static dyn ForkHooks) {
 
 extern "C" fn before() {
     let guarded = *GUARDED.lock();
+    CALLED.set(guarded);
     for hooks in guarded.into_iter().flatten() {
         hooks.before_fork();
     }
 }
 
 extern "C" fn after() {
-    let guarded = *GUARDED.lock();
-    for hooks in guarded.into_iter().flatten() {
+    for hooks in CALLED.take().into_iter().flatten() {
         hooks.after_fork_in_parent();
     }
 }

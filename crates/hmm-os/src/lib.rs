@@ -36,6 +36,7 @@ mod space;
 mod staging;
 mod text;
 mod thread;
+mod thread_memory;
 mod threads;
 mod uffd;
 

@@ -18,7 +18,7 @@ use rustix::mm::{Advice, madvise};
 use crate::abi::uffd_msg;
 use crate::child::Children;
 use crate::config::{Counters, Disable, OpenConfig, OpenError, Wakeup};
-use crate::excluded::{exclude, first_part, include, refresh_modules};
+use crate::excluded::{exclude, first_part, first_part_in, include, refresh_modules};
 use crate::map::Map;
 use crate::message::{Message, translate};
 use crate::pagemap::Pagemap;
@@ -27,6 +27,7 @@ use crate::refusal;
 use crate::region::BytesUsize;
 use crate::staging::Staging;
 use crate::thread::table;
+use crate::thread_memory::ThreadMemory;
 use crate::uffd::{
     FEATURE_FORK, FEATURE_MOVE, FEATURE_WP, FEATURES_NEEDED, FEATURES_WANTED, Reach, Uffd,
 };
@@ -39,6 +40,8 @@ struct Parts {
     map: Map,
     pagemap: Pagemap,
     staging: Staging,
+    /// What must stay because only faults of user mode are delivered.
+    thread_memory: Option<ThreadMemory>,
 }
 
 /// The address space of this process.
@@ -81,6 +84,12 @@ impl LinuxSpace {
             .map_err(|error| proc_error("/proc/self/maps", error))?;
         let pagemap = Pagemap::open(!disable.pagemap_scan)
             .map_err(|error| proc_error("/proc/self/pagemap", error))?;
+        let thread_memory = match reach {
+            Reach::Full => None,
+            Reach::UserMode => {
+                Some(ThreadMemory::open().map_err(|error| proc_error("/proc/self/task", error))?)
+            }
+        };
         let children = Children::new().map_err(|error| OpenError::Descriptor {
             errno: error.raw_os_error(),
         })?;
@@ -111,6 +120,7 @@ impl LinuxSpace {
                 map,
                 pagemap,
                 staging,
+                thread_memory,
             }),
             table: table(),
             pid: std::process::id(),
@@ -304,21 +314,36 @@ impl AddressSpace for LinuxSpace {
     }
 
     fn mappings(&self, range: PageRange, visit: &mut dyn FnMut(Mapping)) -> Result<(), SpaceError> {
-        let result = self.parts().map.visit(range, &mut |vma| {
+        let parts = self.parts();
+        let threads = match &parts.thread_memory {
+            Some(threads) => threads
+                .find(&parts.map)
+                .map_err(|error| failed("finding the memory of threads", error))?,
+            None => hmm_mem::vec(),
+        };
+        // What stays, and why: the first part of a range.
+        let split = |range| {
+            let (part, engine_owned) = first_part(range);
+            if engine_owned {
+                return (part, true, false);
+            }
+            let (part, thread_memory) = first_part_in(part, || threads.iter().copied());
+            (part, false, thread_memory)
+        };
+        let result = parts.map.visit(range, &mut |vma| {
             let mut rest = vma.range.intersection(range);
             while let Some(asked) = rest {
-                let (part, excluded) = first_part(asked);
-                let (all, touched) = first_part(vma.range);
+                let (part, engine_owned, thread_memory) = split(asked);
                 visit(Mapping {
                     range: part,
-                    whole: if all == vma.range && !touched {
-                        all
-                    } else {
-                        part
+                    whole: match split(vma.range) {
+                        (all, false, false) if all == vma.range => all,
+                        _ => part,
                     },
                     kind: vma.kind,
                     permissions: vma.permissions,
-                    engine_owned: excluded,
+                    engine_owned,
+                    thread_memory,
                 });
                 rest = (part.end() < asked.end()).then(|| PageRange::span(part.end(), asked.end()));
             }

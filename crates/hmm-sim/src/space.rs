@@ -265,6 +265,7 @@ impl AddressSpace for SimSpace {
                 kind: vma.kind,
                 permissions: vma.permissions,
                 engine_owned: vma.engine_owned,
+                thread_memory: false,
             });
         }
         Ok(())

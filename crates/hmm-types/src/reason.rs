@@ -27,6 +27,9 @@ pub enum StayReason {
     Special,
     /// Memory of the engine itself, or of a loaded program or library.
     EngineOwned,
+    /// A thread's stack or control block, which the kernel itself uses, where
+    /// the engine cannot serve faults of the kernel (without privileges).
+    ThreadMemory,
     /// Another userfaultfd owns the mapping.
     ForeignUserfaultfd,
     /// The device's memory is full.
@@ -52,7 +55,7 @@ pub enum StayReason {
 
 impl StayReason {
     /// All reasons, for tables and statistics.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::NotMapped,
         Self::NoAccess,
         Self::Pinned,
@@ -63,6 +66,7 @@ impl StayReason {
         Self::HugeTlb,
         Self::Special,
         Self::EngineOwned,
+        Self::ThreadMemory,
         Self::ForeignUserfaultfd,
         Self::NoDeviceMemory,
         Self::NoSystemMemory,
@@ -89,6 +93,7 @@ impl StayReason {
             Self::HugeTlb => "use it in place",
             Self::Special => "use it in place",
             Self::EngineOwned => "leave it; the engine and loaded code need it here",
+            Self::ThreadMemory => "keep the data on the heap, or run as root: see `hmm info`",
             Self::ForeignUserfaultfd => "let the other user of userfaultfd unregister it",
             Self::NoDeviceMemory => "evict something, or give the device more memory",
             Self::NoSystemMemory => "free system memory",
@@ -116,6 +121,7 @@ impl fmt::Display for StayReason {
             Self::HugeTlb => "hugetlbfs",
             Self::Special => "special mapping",
             Self::EngineOwned => "engine's or program's own",
+            Self::ThreadMemory => "thread's stack or control block",
             Self::ForeignUserfaultfd => "another owner of userfaultfd",
             Self::NoDeviceMemory => "no device memory",
             Self::NoSystemMemory => "no system memory",

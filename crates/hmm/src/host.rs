@@ -435,6 +435,9 @@ mod fork_guard {
         }
 
         fn after_fork_in_parent(&self) {
+            if hmm_os::is_engine_thread() || !self.is_own_process() {
+                return;
+            }
             self.engine.resume();
         }
     }
