@@ -8,7 +8,7 @@
 
 use std::sync::atomic::Ordering::{Relaxed, Release};
 
-use hmm_hal::{DeviceError, Event, EventBatch, SpaceId, Stop, Transfer};
+use hmm_hal::{DeviceError, SpaceId, Stop, Transfer};
 use hmm_mem::Vec;
 use hmm_types::{DeviceId, FrameId, FrameRange, PageCount, PageRange, VirtAddr};
 
@@ -150,19 +150,7 @@ impl Engine<'_> {
                 self.space.wake(space, page);
                 self.child_dropped(space, page);
             }
-            Some(Stop::Again) => {
-                let mut batch = EventBatch::new();
-                self.space.read_events(&mut batch);
-                for event in batch.iter() {
-                    if let Event::Fault { space, address, .. } = event {
-                        // Not ours to serve here: the thread faults again.
-                        let page = PageRange::from_pages(address.page_floor(), PageCount::ONE);
-                        self.space.wake(space, page);
-                    } else {
-                        self.apply(map, event);
-                    }
-                }
-            }
+            Some(Stop::Again) => self.read_more(map),
             Some(Stop::NoMemory) => {}
             Some(stop) => unreachable!("cannot give {page} to a forked child: {stop:?}"),
         }

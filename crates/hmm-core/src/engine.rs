@@ -85,6 +85,8 @@ pub struct Engine<'env> {
     pub(crate) notifiers: Mutex<Notifiers>,
     /// Some thread is about to read events: no need for another.
     pub(crate) reading: AtomicBool,
+    /// The map remembers changes that may still be under way.
+    pub(crate) unsettled: AtomicBool,
     pub(crate) cpu_readahead: Readahead,
     pub(crate) device_readahead: Readahead,
     pub(crate) stats: Statistics,
@@ -127,6 +129,7 @@ impl<'env> Engine<'env> {
             children: Mutex::new(Rank::Children, Children::new()),
             notifiers: Mutex::new(Rank::Notifiers, Notifiers::new()),
             reading: AtomicBool::new(false),
+            unsettled: AtomicBool::new(false),
             cpu_readahead: Readahead::new(settings.fault_granule.get(), settings.readahead),
             device_readahead: Readahead::new(settings.device_granule.get(), settings.readahead),
             stats: Statistics::new(),

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use hmm_hal::{Event, SpaceId};
 use hmm_sync::WriteGuard;
-use hmm_types::{PageRange, VirtAddr};
+use hmm_types::{PageCount, PageRange, VirtAddr};
 
 use crate::engine::Engine;
 use crate::executor::{Executor, QueuedFault};
@@ -30,6 +30,7 @@ impl Engine<'_> {
             return 0;
         }
         let mut map = self.gate_for_reading();
+        self.settle_order(&mut map);
         executor.batch.clear();
         self.space.read_events(&mut executor.batch);
         self.reading.store(false, Release);
@@ -45,6 +46,7 @@ impl Engine<'_> {
                 self.apply(&mut map, event);
             }
         }
+        self.end_waiting(&mut map);
         drop(map);
         for event in batch.iter() {
             if let Event::Fault {
@@ -80,8 +82,8 @@ impl Engine<'_> {
         self.gate.write()
     }
 
-    pub(crate) fn apply(&self, map: &mut SpaceMap, event: Event) {
-        self.stats.structural_events.fetch_add(1, Relaxed);
+    /// What an event does to the map; [`Engine::apply`] says when.
+    pub(crate) fn carry_out(&self, map: &mut SpaceMap, event: Event) {
         match event {
             Event::Fault { .. } => unreachable!("faults are queued, not applied"),
             Event::Unmap {
@@ -92,7 +94,7 @@ impl Engine<'_> {
                 space: SpaceId::OWN,
                 from,
                 to,
-            } => self.remap(map, from, to),
+            } => self.carry_over(map, from, to),
             Event::Remove {
                 space: SpaceId::OWN,
                 range,
@@ -110,8 +112,25 @@ impl Engine<'_> {
         }
     }
 
-    /// munmap: the pages are gone, and so is the right to the addresses.
+    /// munmap: the pages are gone, and so is the right to the addresses. What
+    /// has arrived there since stays.
     fn unmap(&self, map: &mut SpaceMap, range: PageRange) {
+        if !map.order.expected(range) {
+            return self.unmap_all(map, range);
+        }
+        let mut from = range.start();
+        while from < range.end() {
+            let rest = PageRange::span(from, range.end());
+            let spared = map.order.first_spared(rest);
+            let upto = spared.map_or(range.end(), PageRange::start);
+            if from < upto {
+                self.unmap_all(map, PageRange::span(from, upto));
+            }
+            from = spared.map_or(range.end(), PageRange::end);
+        }
+    }
+
+    pub(crate) fn unmap_all(&self, map: &mut SpaceMap, range: PageRange) {
         let taken = map.remove(range, |map, piece| {
             let mut inner = map.block(piece.block).lock();
             self.wake_parked(&inner, piece);
@@ -121,18 +140,14 @@ impl Engine<'_> {
     }
 
     /// mremap: pages keep their block and index, pieces get other addresses.
-    fn remap(&self, map: &mut SpaceMap, from: PageRange, to: VirtAddr) {
-        let target = PageRange::from_pages(to, from.pages());
-        if !from.overlaps(target) {
-            // What was mapped there is replaced without an event of its own.
-            self.unmap(map, target);
-        }
+    fn carry_over(&self, map: &mut SpaceMap, from: PageRange, to: VirtAddr) {
         let taken = map.remove(from, |map, piece| {
             let mut inner = map.block(piece.block).lock();
             self.wake_parked(&inner, piece);
             self.invalidate(&mut inner, piece.range());
         });
         map.insert_moved(&taken, from.start(), to);
+        map.order.reach(PageRange::from_pages(to, from.pages()));
     }
 
     /// madvise: the pages are about to be dropped, the mapping stays. The
@@ -140,12 +155,18 @@ impl Engine<'_> {
     /// [`PageState::Discarded`].
     ///
     /// Memory can be registered and have no pieces yet, where a mapping grew:
-    /// it gets them now, or a page of it could be taken before it is dropped.
+    /// it gets them now, or a page of it could be taken before it is dropped. Or
+    /// it is not registered any more, if this is reported late.
     fn remove(&self, map: &mut SpaceMap, range: PageRange) {
         if self.is_staging(range.start()) {
             return;
         }
-        assert!(map.insert(range), "more mappings than the engine can watch");
+        let known: PageCount = map.overlapping(range).map(|p| p.range().pages()).sum();
+        if known < range.pages() {
+            self.space.registered(range, &mut |part| {
+                assert!(map.insert(part), "more mappings than the engine can watch");
+            });
+        }
         for piece in map.overlapping(range) {
             let mut inner = map.block(piece.block).lock();
             self.drop_pages(&mut inner, piece, PageState::Discarded);

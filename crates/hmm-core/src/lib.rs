@@ -24,6 +24,8 @@
 //! | `device_fault` | a device's touch |
 //! | `mirror` | notifiers, snapshots and range faults |
 //! | `readahead` | how much to bring along |
+//! | `watch` | registering memory |
+//! | `order` | events that come in another order than the changes |
 //!
 //! The core makes no system call, starts no thread and reads no clock; it calls
 //! `hmm-hal`. It keeps everything in engine memory (`hmm-mem`).
@@ -42,6 +44,7 @@ mod home;
 mod map;
 mod migrate;
 mod mirror;
+mod order;
 mod page;
 mod readahead;
 mod report;
@@ -49,6 +52,7 @@ mod staging;
 mod stats;
 mod transfer;
 mod upload;
+mod watch;
 
 pub use engine::{AddDeviceError, Engine, Settings};
 pub use executor::{BOUNCE_PAGES, Executor};

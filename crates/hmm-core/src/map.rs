@@ -18,6 +18,7 @@ use hmm_mem::{Box, Vec};
 use hmm_sync::{Mutex, Rank};
 use hmm_types::{BLOCK_SIZE, PAGES_PER_BLOCK, PageCount, PageRange, VirtAddr};
 
+use crate::order::Order;
 use crate::page::{PageEntry, PageState};
 
 /// Most pieces a map may have: as many mappings as the kernel's default limit
@@ -206,6 +207,8 @@ pub(crate) struct SpaceMap {
     free: Vec<BlockId>,
     /// Blocks without pieces that still have pages in flight.
     orphans: Vec<BlockId>,
+    /// What is known about changes that are under way.
+    pub(crate) order: Order,
 }
 
 impl SpaceMap {
@@ -215,6 +218,7 @@ impl SpaceMap {
             blocks: hmm_mem::vec(),
             free: hmm_mem::vec(),
             orphans: hmm_mem::vec(),
+            order: Order::new(),
         }
     }
 

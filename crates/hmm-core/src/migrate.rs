@@ -3,7 +3,7 @@
 
 use std::sync::atomic::Ordering::Relaxed;
 
-use hmm_hal::{Mapping, Presence, RegisterError};
+use hmm_hal::{Mapping, Presence};
 use hmm_mem::Vec;
 use hmm_types::{
     Access, DeviceId, MemoryKind, PAGES_PER_BLOCK, PageCount, PageRange, PageResidency, StayReason,
@@ -155,48 +155,6 @@ impl Engine<'_> {
             _ => return Some(StayReason::Special),
         }
         (!mapping.permissions.read && !mapping.permissions.write).then_some(StayReason::NoAccess)
-    }
-
-    /// Registers a mapping, unless it is: all of it, since registering a part
-    /// would split it, and the program could not remap it as one any more. With the gate held for writing no
-    /// event is lost between the kernel's registration and ours.
-    fn watch_mapping(&self, executor: &mut Executor, mapping: &Mapping) -> Option<StayReason> {
-        if self.registered_pages(mapping.range) == mapping.range.pages() {
-            return None;
-        }
-        let Some(_departure) = self.depart() else {
-            return Some(StayReason::Cancelled);
-        };
-        let range = mapping.whole;
-        // While a change is under way the map may have pieces of memory that is
-        // not there any more: what takes its place would seem registered.
-        for attempt in 0..BUSY_LIMIT {
-            if self.space.is_quiet() {
-                break;
-            }
-            self.wait_for_events(executor, attempt);
-        }
-        {
-            let mut map = self.gate.write();
-            match self.space.register(range) {
-                Ok(()) => {}
-                Err(RegisterError::Foreign) => return Some(StayReason::ForeignUserfaultfd),
-                Err(RegisterError::Unsuitable) => return Some(StayReason::Raced),
-                Err(RegisterError::Limit) => return Some(StayReason::Limit),
-            }
-            if !map.insert(range) {
-                self.space.unregister(range);
-                return Some(StayReason::Limit);
-            }
-        }
-        // Looked at again now that a change would be reported: is it still the
-        // memory that was judged?
-        let same = self.mappings_of(range).is_some_and(|mappings| {
-            mappings
-                .iter()
-                .all(|now| Self::immovable(now).is_none() || now.kind == mapping.kind)
-        });
-        (!same).then_some(StayReason::Raced)
     }
 
     fn migrate_mapping(

@@ -429,7 +429,8 @@ impl Engine<'_> {
 
     /// Enters committed pages into the device's page table, as long runs as
     /// they lie together. A table that has no room is no failure: the device
-    /// faults and asks again.
+    /// faults and asks again. Pages that were shared with a forked child on
+    /// their way are only to be read: the first write gets a copy.
     fn map_on_device(
         &self,
         block: &Block,
@@ -438,11 +439,16 @@ impl Engine<'_> {
         frames: FrameRange,
         target: Target,
     ) {
-        let device = self.devices.slot(target.device).device;
+        let slot = self.devices.slot(target.device);
         let mut offset = 0;
         while offset < flight.pages {
             let index = flight.first + offset;
-            let on_device = |index| matches!(inner.state(index), PageState::Device { .. });
+            let shared = slot.is_shared(frames.frame(offset));
+            let access = if shared { Access::Read } else { target.access };
+            let on_device = |index| match inner.state(index) {
+                PageState::Device { frame, .. } => slot.is_shared(frame) == shared,
+                _ => false,
+            };
             let Some(place) = on_device(index)
                 .then(|| block.place_of(index, flight.pages - offset))
                 .flatten()
@@ -455,7 +461,7 @@ impl Engine<'_> {
                 .count();
             let pages = u32::try_from(together).unwrap_or(1);
             let place = place.slice(0, u64::from(pages));
-            let _ = device.map(place, frames.slice(offset, pages), target.access);
+            let _ = slot.device.map(place, frames.slice(offset, pages), access);
             offset += pages;
         }
     }

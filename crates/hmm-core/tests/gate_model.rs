@@ -177,6 +177,10 @@ impl AddressSpace for Space {
         self.0.lock().unwrap().registered = false;
     }
 
+    fn registered(&self, range: PageRange, visit: &mut dyn FnMut(PageRange)) {
+        visit(range);
+    }
+
     fn move_pages(&self, from: PageRange, to: VirtAddr) -> Progress {
         let mut tables = self.0.lock().unwrap();
         if tables.unread_changes > 0 {

@@ -162,6 +162,10 @@ pub trait AddressSpace: Sync {
     /// read as zeros afterwards.
     fn unregister(&self, range: PageRange);
 
+    /// Visits the parts of the range that are registered now, in order. Slow:
+    /// for what should not happen often.
+    fn registered(&self, range: PageRange, visit: &mut dyn FnMut(PageRange));
+
     /// Moves pages to `to`. One of the two ranges is staging memory. Holes are
     /// skipped and count as done; which those are, ask
     /// [`AddressSpace::presence`] of the source before. Wakes nobody: the caller

@@ -77,6 +77,19 @@ fn flags_of(page: PageRange) -> Result<Option<StayReason>> {
 /// Visits the mappings that a forked child finds empty. Reads all of smaps,
 /// which takes milliseconds: for forks while pages are away.
 pub(crate) fn visit_wiped(visit: &mut dyn FnMut(PageRange)) -> Result<()> {
+    visit_flagged(b"wf", visit)
+}
+
+/// Visits what of a range a userfaultfd has registered. As slow.
+pub(crate) fn visit_registered(range: PageRange, visit: &mut dyn FnMut(PageRange)) -> Result<()> {
+    visit_flagged(b"um", &mut |mapping| {
+        if let Some(part) = mapping.intersection(range) {
+            visit(part);
+        }
+    })
+}
+
+fn visit_flagged(flag: &[u8], visit: &mut dyn FnMut(PageRange)) -> Result<()> {
     let flags = OFlags::CLOEXEC | OFlags::RDONLY;
     let smaps = open(c"/proc/self/smaps", flags, Mode::empty())?;
     let mut lines = Lines::new(smaps.as_fd());
@@ -85,7 +98,7 @@ pub(crate) fn visit_wiped(visit: &mut dyn FnMut(PageRange)) -> Result<()> {
         if let Some(vma) = parse_line(line) {
             range = Some(vma.range);
         } else if let (Some(range), Some(flags)) = (range, line.strip_prefix(b"VmFlags:"))
-            && flags.split(|&byte| byte == b' ').any(|flag| flag == b"wf")
+            && flags.split(|&byte| byte == b' ').any(|word| word == flag)
         {
             visit(range);
         }

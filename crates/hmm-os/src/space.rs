@@ -391,6 +391,15 @@ impl AddressSpace for LinuxSpace {
         let _ = self.parts().uffd.unregister(range);
     }
 
+    fn registered(&self, range: PageRange, visit: &mut dyn FnMut(PageRange)) {
+        if let Err(error) = crate::refusal::visit_registered(range, visit) {
+            crate::fatal::fail(format_args!(
+                "cannot read /proc/self/smaps ({error}): what of {range} the engine has \
+                 registered is not known any more"
+            ));
+        }
+    }
+
     fn move_pages(&self, from: PageRange, to: VirtAddr) -> Progress {
         let parts = self.parts();
         if !self.capabilities.move_pages {

@@ -178,7 +178,11 @@ impl<E: EngineUnderTest> World<E> {
         let mut guard = self.scene();
         let scene = &mut *guard;
         let flux = scene.oracle.flux_at(space, address);
-        if flux == Some(Flux::Arriving) || (flux.is_some() && access == Access::Write) {
+        // What is mapped where something else is going: the device may still
+        // see the old page, so the program does not launch yet.
+        let replaced = scene.oracle.is_replaced(space, address);
+        let arriving = flux == Some(Flux::Arriving);
+        if arriving || replaced || (flux.is_some() && access == Access::Write) {
             return Some(None);
         }
         let mut seen = ZEROS;

@@ -10,8 +10,6 @@ use crate::space::{SimSpace, State};
 
 /// Huge pages appear at the first touch of an empty block once in so many times.
 const HUGE_ONCE_IN: u64 = 4;
-/// A remap reports the old range as unmapped, too, once in so many times.
-const UNMAP_AFTER_REMAP_ONCE_IN: u64 = 2;
 
 /// Thread numbers of the devices begin here.
 const DEVICE_THREADS: u32 = 1 << 18;
@@ -187,9 +185,8 @@ impl SimSpace {
                 from: kept,
                 to: to.start(),
             });
-            if state.rng.one_in(UNMAP_AFTER_REMAP_ONCE_IN) {
-                events.push(Event::Unmap { space, range: kept });
-            }
+            // When that has been read, where it was is reported as unmapped.
+            events.push(Event::Unmap { space, range: kept });
         } else if kept != to {
             let grown = PageRange::span(kept.end(), to.end());
             own.insert(Vma {

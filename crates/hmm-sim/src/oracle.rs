@@ -8,6 +8,7 @@ use hmm_types::{Access, MemoryKind, PageRange, Permissions, VirtAddr};
 use crate::calls::ForkAdvice;
 use crate::memory::take_range;
 use crate::page::{Payload, ZEROS};
+use crate::rng::SimRng;
 
 /// What one page of a process must be.
 #[derive(Clone, Debug)]
@@ -22,12 +23,13 @@ pub(crate) struct Expected {
 
 /// What a structural operation does to a range between the moment when it
 /// starts and the moment when it returns to its thread.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Of several at a place, at most one is not `Gone`, and counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Flux {
-    /// The pages hold what they held, or zeros.
-    Fading,
     /// The mapping is gone or on its way; devices may still see the old one.
     Gone,
+    /// The pages hold what they held, or zeros.
+    Fading,
     /// The mapping has just arrived here.
     Arriving,
 }
@@ -90,15 +92,38 @@ impl Oracle {
     pub(crate) fn flux(&self, space: SpaceId, range: PageRange) -> Option<Flux> {
         self.changing
             .iter()
-            .find(|changing| changing.space == space && changing.range.overlaps(range))
+            .filter(|changing| changing.space == space && changing.range.overlaps(range))
             .map(|changing| changing.flux)
+            .max()
     }
 
     pub(crate) fn flux_at(&self, space: SpaceId, address: VirtAddr) -> Option<Flux> {
         self.changing
             .iter()
-            .find(|changing| changing.space == space && changing.range.contains(address))
+            .filter(|changing| changing.space == space && changing.range.contains(address))
             .map(|changing| changing.flux)
+            .max()
+    }
+
+    /// Where a mapping has just been.
+    pub(crate) fn left(&self, rng: &mut SimRng) -> Option<VirtAddr> {
+        let going = |changing: &&Changing| changing.flux == Flux::Gone;
+        let count = self.changing.iter().filter(going).count();
+        let chosen = (count > 0).then(|| rng.index(count))?;
+        let changing = self.changing.iter().filter(going).nth(chosen)?;
+        Some(changing.range.start())
+    }
+
+    /// Whether a mapping that was there before may still be seen by devices.
+    pub(crate) fn is_replaced(&self, space: SpaceId, address: VirtAddr) -> bool {
+        let mapped = self.page(space, address).is_some();
+        let mut changing = self.changing.iter();
+        mapped
+            && changing.any(|changing| {
+                changing.flux == Flux::Gone
+                    && changing.space == space
+                    && changing.range.contains(address)
+            })
     }
 
     pub(crate) fn map(&mut self, range: PageRange, kind: MemoryKind) {

@@ -10,7 +10,7 @@ use crate::actor::Kind;
 use crate::calls::{ForkAdvice, MapRequest};
 use crate::config::SimConfig;
 use crate::engine::Request;
-use crate::oracle::Oracle;
+use crate::oracle::{Flux, Oracle};
 use crate::page::SIM_PAGE_BYTES;
 use crate::rng::SimRng;
 use crate::space::ARENA_START;
@@ -184,17 +184,22 @@ impl Chooser<'_> {
         })
     }
 
-    /// A free place: an address whose unmapping is still unread is not free,
-    /// since a device may see the old page there.
+    /// A free place; often one that has just become free, and perhaps nobody
+    /// has read of that yet.
     fn place(&self, rng: &mut SimRng, pages: u64) -> Option<PageRange> {
         (0..PLACE_ATTEMPTS).find_map(|_| {
             let mut first = rng.below(ARENA_PAGES - pages);
+            if let Some(left) = self.oracle.left(rng)
+                && rng.one_in(2)
+            {
+                first = left.pages_since(ARENA_START).min(ARENA_PAGES - pages);
+            }
             if pages >= PAGES_PER_BLOCK as u64 {
                 first -= first % PAGES_PER_BLOCK as u64;
             }
             let range = PageRange::from_pages(ARENA_START.plus_pages(first), PageCount::new(pages));
-            let free =
-                self.oracle.is_free(range) && self.oracle.flux(SpaceId::OWN, range).is_none();
+            let flux = self.oracle.flux(SpaceId::OWN, range);
+            let free = self.oracle.is_free(range) && matches!(flux, None | Some(Flux::Gone));
             free.then_some(range)
         })
     }

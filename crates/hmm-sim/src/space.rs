@@ -353,6 +353,13 @@ impl AddressSpace for SimSpace {
         state.queue.wake(SpaceId::OWN, range);
     }
 
+    fn registered(&self, range: PageRange, visit: &mut dyn FnMut(PageRange)) {
+        let vmas: Vec<_> = self.state().own().overlapping(range).collect();
+        let mine = vmas.into_iter().filter(|vma| vma.registered);
+        mine.filter_map(|vma| vma.range.intersection(range))
+            .for_each(visit);
+    }
+
     fn move_pages(&self, from: PageRange, to: VirtAddr) -> Progress {
         if !self.shared.capabilities.move_pages {
             return Progress {

@@ -19,6 +19,8 @@ use crate::jobs::{Outcome, Request};
 
 /// How long a handler sleeps without events before it looks whether to end.
 const HANDLER_NAP_MS: u32 = 1000;
+/// The same while changes of mappings may still be under way.
+const UNSETTLED_NAP_MS: u32 = 1;
 /// How long a worker sleeps without requests before it looks around.
 const WORKER_NAP: Duration = Duration::from_millis(500);
 /// Pages given to children between two requests.
@@ -53,7 +55,12 @@ pub(crate) fn bounce() -> Option<Pages> {
 pub(crate) fn handle(host: &'static Host, bounce: &Pages, heartbeat: &Heartbeat) {
     let mut executor = Executor::handler(bounce.range().start());
     loop {
-        match host.space.wait(HANDLER_NAP_MS) {
+        let nap = if host.engine.is_unsettled() {
+            UNSETTLED_NAP_MS
+        } else {
+            HANDLER_NAP_MS
+        };
+        match host.space.wait(nap) {
             Wakeup::Events => {}
             Wakeup::Interrupted | Wakeup::TimedOut if host.is_stopping() => return,
             Wakeup::Interrupted | Wakeup::TimedOut => {}

@@ -262,7 +262,9 @@ fn shifter(field: &Field, seed: u64, huge: bool) -> String {
     // The word index changes with the page only: patterns move with the data.
     let mut contents = vec![Content::Zeros; pages];
     let slot = field.enter(&map);
-    let (mut rounds, mut remaps, mut refused) = (0u64, 0u64, 0u64);
+    let (mut rounds, mut remaps) = (0u64, 0u64);
+    // One mapping, as far as the program is concerned.
+    let mut whole = true;
     let look = |map: &Map, contents: &[Content], page: usize, what: &str| match contents[page] {
         Content::Zeros => {
             if let Some(word) = map.not_zero(page, 1) {
@@ -300,40 +302,20 @@ fn shifter(field: &Field, seed: u64, huge: bool) -> String {
                 // Over it, without a moment in which others could map there.
                 map_anew(&map, first, count);
                 contents[first..first + count].fill(Content::Zeros);
+                whole = false;
+            }
+            12 | 13 if !field.leaves_out("mremap") && !whole => {
+                // Several mappings: the kernel might move the first of them,
+                // and then refuse the others.
+                rebuild(&map, &mut contents, &mut rng);
+                whole = true;
+                what = "a new start";
             }
             12 | 13 if !field.leaves_out("mremap") => {
-                // The whole region goes elsewhere, if it is one mapping.
-                let at = map.at();
-                // SAFETY: this thread's own region, and nobody else uses it.
-                let new = unsafe {
-                    let reserved = libc::mmap(
-                        std::ptr::null_mut(),
-                        map.bytes(),
-                        libc::PROT_NONE,
-                        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-                        -1,
-                        0,
-                    );
-                    assert_ne!(reserved, libc::MAP_FAILED);
-                    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-                    let new = libc::mremap(at.cast(), map.bytes(), map.bytes(), flags, reserved);
-                    if new == libc::MAP_FAILED {
-                        libc::munmap(reserved, map.bytes());
-                    }
-                    new
-                };
-                if new == libc::MAP_FAILED {
-                    // Several mappings: what was mapped anew in the middle.
-                    refused += 1;
-                    rebuild(&map, &mut contents, &mut rng);
-                    what = "a new start";
-                } else {
-                    map.leak();
-                    map = Map::adopt(new.cast(), pages);
-                    field.moved(slot, &map);
-                    remaps += 1;
-                    what = "mremap";
-                }
+                map = elsewhere(map);
+                field.moved(slot, &map);
+                remaps += 1;
+                what = "mremap";
             }
             _ => {}
         }
@@ -346,7 +328,34 @@ fn shifter(field: &Field, seed: u64, huge: bool) -> String {
     }
     (0..pages).for_each(|page| look(&map, &contents, page, "the end"));
     finish(field, &map);
-    format!("shifter: {rounds} rounds, {remaps} remaps, {refused} refused")
+    format!("shifter: {rounds} rounds, {remaps} remaps")
+}
+
+/// Moves a mapping to an address that may have been another one's a moment ago.
+fn elsewhere(map: Map) -> Map {
+    let (pages, bytes) = (map.pages(), map.bytes());
+    // SAFETY: the caller's own region, and nobody else uses it.
+    let new = unsafe {
+        let reserved = libc::mmap(
+            std::ptr::null_mut(),
+            bytes,
+            libc::PROT_NONE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            -1,
+            0,
+        );
+        assert_ne!(reserved, libc::MAP_FAILED);
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        libc::mremap(map.at().cast(), bytes, bytes, flags, reserved)
+    };
+    assert_ne!(
+        new,
+        libc::MAP_FAILED,
+        "one mapping does not remap as one: {}",
+        std::io::Error::last_os_error()
+    );
+    map.leak();
+    Map::adopt(new.cast(), pages)
 }
 
 fn map_anew(map: &Map, first: usize, count: usize) {

@@ -1,0 +1,231 @@
+//! Events come in another order than the changes that they report.
+//!
+//! A thread changes the mappings under the kernel's lock and queues its event
+//! after it has let go of it, so another thread's later change may be reported
+//! first. And one mremap is reported twice: where the memory went, and, when
+//! that has been read, that the place it left is unmapped. In between other
+//! threads may map memory there:
+//!
+//! ```text
+//! thread 1  mremap(A -> B)   REMAP A B  ................  UNMAP A
+//! thread 2                   mremap(C -> A)   REMAP C A
+//! ```
+//!
+//! Taken at its word, the UNMAP would throw away what thread 2 has moved to A.
+//! So a remap waits until its target is free, and the UNMAP that follows a
+//! remap spares what has arrived meanwhile. All of this is forgotten as soon as
+//! no change is under way. Until then the kernel lets nothing be committed, so
+//! nobody sees what is not settled yet.
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use hmm_hal::{Event, EventBatch, SpaceId};
+use hmm_mem::Vec;
+use hmm_types::{PageCount, PageRange, VirtAddr};
+
+use crate::engine::Engine;
+use crate::map::SpaceMap;
+
+/// Remembered ranges of a kind; of more, the oldest are forgotten: whoever
+/// caused them has had its turn long ago.
+const REMEMBERED: usize = 256;
+
+/// What is known about changes that are under way.
+pub(crate) struct Order {
+    /// Left by a remap, and not yet reported as unmapped.
+    left: Vec<PageRange>,
+    /// Reached by a remap.
+    reached: Vec<PageRange>,
+    /// Remaps whose target something else still has, and what happened to the
+    /// target afterwards.
+    waiting: Vec<Event>,
+}
+
+impl Order {
+    pub(crate) const fn new() -> Self {
+        Self {
+            left: hmm_mem::vec(),
+            reached: hmm_mem::vec(),
+            waiting: hmm_mem::vec(),
+        }
+    }
+
+    /// Whether there is nothing to remember.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.left.is_empty() && self.reached.is_empty() && self.waiting.is_empty()
+    }
+
+    /// No change is under way.
+    pub(crate) fn settle(&mut self) {
+        assert!(self.waiting.is_empty(), "a remap was not carried out");
+        self.left.clear();
+        self.reached.clear();
+    }
+
+    /// A remap was read.
+    pub(crate) fn leave(&mut self, from: PageRange) {
+        remember(&mut self.left, from);
+    }
+
+    /// A remap was carried out.
+    pub(crate) fn reach(&mut self, target: PageRange) {
+        remember(&mut self.reached, target);
+    }
+
+    /// Whether this is what follows a remap; once for each.
+    pub(crate) fn expected(&mut self, unmapped: PageRange) -> bool {
+        let at = self.left.iter().position(|&left| left == unmapped);
+        at.map(|at| self.left.remove(at)).is_some()
+    }
+
+    /// The first part of the range that has arrived lately, or is still to
+    /// leave.
+    pub(crate) fn first_spared(&self, range: PageRange) -> Option<PageRange> {
+        let leaving = self.waiting.iter().filter_map(|event| match event {
+            Event::Remap { from, .. } => Some(*from),
+            _ => None,
+        });
+        self.reached
+            .iter()
+            .copied()
+            .chain(leaving)
+            .filter_map(|spared| spared.intersection(range))
+            .min_by_key(|part| part.start())
+    }
+
+    /// Whether a remap to a part of the range waits.
+    fn awaits(&self, range: PageRange) -> bool {
+        self.waiting.iter().any(|event| match event {
+            Event::Remap { from, to, .. } => target(*from, *to).overlaps(range),
+            _ => false,
+        })
+    }
+
+    /// Whether the fork that made a child waits.
+    fn awaits_child(&self, space: SpaceId) -> bool {
+        let mut waiting = self.waiting.iter();
+        waiting.any(|event| matches!(event, Event::Fork { child, .. } if *child == space))
+    }
+
+    /// All that waits, in the order in which it was read.
+    fn take_waiting(&mut self) -> Vec<Event> {
+        std::mem::replace(&mut self.waiting, hmm_mem::vec())
+    }
+}
+
+impl Engine<'_> {
+    /// Carries an event out, and what has waited for it; or has it wait.
+    pub(crate) fn apply(&self, map: &mut SpaceMap, event: Event) {
+        self.stats.structural_events.fetch_add(1, Relaxed);
+        if let Event::Remap {
+            space: SpaceId::OWN,
+            from,
+            ..
+        } = event
+        {
+            map.order.leave(from);
+        }
+        if must_wait(map, event) {
+            map.order.waiting.push(event);
+            return;
+        }
+        self.carry_out(map, event);
+        for event in map.order.take_waiting() {
+            if must_wait(map, event) {
+                map.order.waiting.push(event);
+            } else {
+                self.carry_out(map, event);
+            }
+        }
+    }
+
+    /// Reads on until nothing waits. Whoever keeps a remap's target is between
+    /// the kernel's lock and its event, and needs no lock of the engine's.
+    pub(crate) fn end_waiting(&self, map: &mut SpaceMap) {
+        while !map.order.waiting.is_empty() {
+            if !self.space.is_quiet() {
+                self.read_more(map);
+                continue;
+            }
+            // Nothing more is to come that would free a target.
+            for event in map.order.take_waiting() {
+                if let Event::Remap { from, to, .. } = event {
+                    self.unmap_all(map, target(from, to));
+                }
+                self.carry_out(map, event);
+            }
+            map.order.settle();
+        }
+        self.unsettled.store(!map.order.is_settled(), Relaxed);
+    }
+
+    /// Reads and applies events with the gate held. Faults are not for now:
+    /// the threads look again.
+    pub(crate) fn read_more(&self, map: &mut SpaceMap) {
+        let mut batch = EventBatch::new();
+        self.space.read_events(&mut batch);
+        for event in batch.iter() {
+            if let Event::Fault { space, address, .. } = event {
+                let page = PageRange::from_pages(address.page_floor(), PageCount::ONE);
+                self.space.wake(space, page);
+            } else {
+                self.apply(map, event);
+            }
+        }
+    }
+
+    /// Forgets about changes when none is under way.
+    pub(crate) fn settle_order(&self, map: &mut SpaceMap) {
+        if !map.order.is_settled() && self.space.is_quiet() {
+            map.order.settle();
+            self.unsettled.store(false, Relaxed);
+        }
+    }
+
+    /// Whether the engine remembers changes that may still be under way: then
+    /// [`Engine::pump`] is to be called again soon.
+    pub fn is_unsettled(&self) -> bool {
+        self.unsettled.load(Relaxed)
+    }
+}
+
+/// Whether an event is about what a remap that waits will have done.
+fn must_wait(map: &SpaceMap, event: Event) -> bool {
+    let order = &map.order;
+    match event {
+        Event::Remap {
+            space: SpaceId::OWN,
+            from,
+            to,
+        } => {
+            let target = target(from, to);
+            map.overlapping(target).next().is_some() || order.awaits(target)
+        }
+        Event::Remove {
+            space: SpaceId::OWN,
+            range,
+        } => order.awaits(range),
+        // The child has what the remap has done.
+        Event::Fork {
+            parent: SpaceId::OWN,
+            ..
+        } => !order.waiting.is_empty(),
+        Event::Unmap { space, .. }
+        | Event::Remap { space, .. }
+        | Event::Remove { space, .. }
+        | Event::Exit { space }
+        | Event::Fork { parent: space, .. } => order.awaits_child(space),
+        Event::Fault { .. } => false,
+    }
+}
+
+fn target(from: PageRange, to: VirtAddr) -> PageRange {
+    PageRange::from_pages(to, from.pages())
+}
+
+fn remember(list: &mut Vec<PageRange>, range: PageRange) {
+    if list.len() == REMEMBERED {
+        list.remove(0);
+    }
+    list.push(range);
+}

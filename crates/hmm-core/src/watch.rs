@@ -1,0 +1,120 @@
+//! Registering memory that is to migrate for the first time.
+
+use hmm_hal::{Mapping, RegisterError};
+use hmm_sync::WriteGuard;
+use hmm_types::{PAGE_SIZE, PageRange, StayReason, VirtAddr};
+
+use crate::engine::Engine;
+use crate::executor::Executor;
+use crate::map::SpaceMap;
+
+/// How often a mapping that changes all the time is tried.
+const TRIES: u32 = 16;
+
+impl Engine<'_> {
+    /// Registers a mapping, unless it is: all of it, since registering a part
+    /// would split it, and the program could not remap it as one any more.
+    pub(crate) fn watch_mapping(
+        &self,
+        executor: &mut Executor,
+        mapping: &Mapping,
+    ) -> Option<StayReason> {
+        if self.registered_pages(mapping.range) == mapping.range.pages() {
+            return None;
+        }
+        let Some(_departure) = self.depart() else {
+            return Some(StayReason::Cancelled);
+        };
+        for _ in 0..TRIES {
+            let Some(mut map) = self.gate_when_quiet(executor) else {
+                return Some(StayReason::Busy);
+            };
+            match self.watch_now(&mut map, mapping) {
+                Ok(true) => return None,
+                Ok(false) => {}
+                Err(reason) => return Some(reason),
+            }
+        }
+        Some(StayReason::Raced)
+    }
+
+    /// The gate for writing while no change is under way: the map would have
+    /// pieces of memory that is not there any more, and what takes its place
+    /// would seem registered.
+    fn gate_when_quiet(&self, executor: &mut Executor) -> Option<WriteGuard<'_, SpaceMap>> {
+        let mut attempt = 0;
+        loop {
+            let mut map = self.gate.write();
+            if self.space.is_quiet() {
+                map.order.settle();
+                return Some(map);
+            }
+            drop(map);
+            if !self.wait_for_events(executor, attempt) {
+                return None;
+            }
+            attempt += 1;
+        }
+    }
+
+    /// One try. The program goes on changing memory that is not registered, and
+    /// nobody is told: false when that came in between, and nothing was done.
+    /// With the gate held no event is lost between the kernel's registration
+    /// and ours.
+    fn watch_now(&self, map: &mut SpaceMap, judged: &Mapping) -> Result<bool, StayReason> {
+        let Some(range) = self.mapping_that_is(judged) else {
+            return Err(StayReason::Raced);
+        };
+        let adjoined = self.adjoined(range);
+        match self.space.register(range) {
+            Ok(()) => {}
+            Err(RegisterError::Foreign) => return Err(StayReason::ForeignUserfaultfd),
+            Err(RegisterError::Unsuitable) => return Ok(false),
+            Err(RegisterError::Limit) => return Err(StayReason::Limit),
+        }
+        // Still the memory that was judged, and not a part of another mapping,
+        // which would be split now?
+        let same = self.adjoined(range) == adjoined && self.mapping_that_is(judged).is_some();
+        if same && map.insert(range) {
+            return Ok(true);
+        }
+        // Nothing of it has left yet: only what was registered before stays so.
+        let mut next = range.start();
+        for piece in map.overlapping(range) {
+            if next < piece.start {
+                self.space.unregister(PageRange::span(next, piece.start));
+            }
+            next = piece.range().end();
+        }
+        if next < range.end() {
+            self.space.unregister(PageRange::span(next, range.end()));
+        }
+        if same {
+            return Err(StayReason::Limit);
+        }
+        Ok(false)
+    }
+
+    /// All of the mapping that has the judged range now, if it is still of the
+    /// same kind.
+    fn mapping_that_is(&self, judged: &Mapping) -> Option<PageRange> {
+        let mappings = self.mappings_of(judged.range)?;
+        let first = mappings.first()?;
+        let same = mappings.iter().all(|now| {
+            now.kind == judged.kind && now.whole == first.whole && Self::immovable(now).is_none()
+        });
+        (same && first.whole.encloses(judged.range)).then_some(first.whole)
+    }
+
+    /// The mappings right before a range and right behind it.
+    fn adjoined(&self, range: PageRange) -> [Option<PageRange>; 2] {
+        let mapping_at = |page: u64| {
+            let page = PageRange::new(VirtAddr::new(page), PAGE_SIZE).ok()?;
+            Some(self.mappings_of(page)?.first()?.whole)
+        };
+        [
+            mapping_at(range.start().get() - PAGE_SIZE),
+            mapping_at(range.end().get()),
+        ]
+    }
+}
