@@ -106,15 +106,16 @@ impl Engine<'_> {
         (same && first.whole.encloses(judged.range)).then_some(first.whole)
     }
 
-    /// The mappings right before a range and right behind it.
-    fn adjoined(&self, range: PageRange) -> [Option<PageRange>; 2] {
+    /// Where the mapping right before a range begins, and where the one right
+    /// behind it ends. Registering may join them with the range, no more.
+    fn adjoined(&self, range: PageRange) -> [Option<VirtAddr>; 2] {
         let mapping_at = |page: u64| {
             let page = PageRange::new(VirtAddr::new(page), PAGE_SIZE).ok()?;
             Some(self.mappings_of(page)?.first()?.whole)
         };
         [
-            mapping_at(range.start().get() - PAGE_SIZE),
-            mapping_at(range.end().get()),
+            mapping_at(range.start().get() - PAGE_SIZE).map(PageRange::start),
+            mapping_at(range.end().get()).map(PageRange::end),
         ]
     }
 }
