@@ -20,9 +20,12 @@ use crate::map::Map;
 
 /// The thread's number lies so close before the robust list's head, at most.
 const BEFORE_HEAD: u64 = 64;
-/// Sizes of the robust list's head and of the rseq area, with room to grow.
-const HEAD_SIZE: u64 = 64;
-const RSEQ_SIZE: u64 = 64;
+/// Sizes of the robust list's head, and of the rseq area as it was first. Not
+/// more: a control block ends where its page does.
+const HEAD_SIZE: u64 = 24;
+const RSEQ_SIZE: u64 = 32;
+/// What the kernel uses of the rseq area (Linux 6.3).
+const AT_RSEQ_FEATURE_SIZE: u64 = 27;
 
 /// Finds the memory of the process's threads.
 #[derive(Debug)]
@@ -71,7 +74,9 @@ impl ThreadMemory {
         if let Some(rseq) = self.rseq {
             let rseq = head.saturating_add_signed(rseq);
             low = low.min(rseq);
-            high = high.max(rseq.saturating_add(RSEQ_SIZE));
+            // SAFETY: reads the auxiliary vector.
+            let size = unsafe { libc::getauxval(AT_RSEQ_FEATURE_SIZE) };
+            high = high.max(rseq.saturating_add(size.max(RSEQ_SIZE)));
         }
         if thread != self.pid
             && let Some(mapping) = mapping_at(map, head)?
