@@ -316,6 +316,9 @@ impl<'env> Engine<'env> {
     pub(crate) fn wait_for_events(&self, executor: &mut Executor, attempt: u32) -> bool {
         hmm_sync::assert_none_held();
         self.stats.again_retries.fetch_add(1, Ordering::Relaxed);
+        if attempt > 0 {
+            executor.takes_long();
+        }
         if executor.reads_events() && executor.has_room() {
             self.pump(executor);
         } else {

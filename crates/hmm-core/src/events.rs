@@ -13,7 +13,7 @@ use hmm_sync::WriteGuard;
 use hmm_types::{PageCount, PageRange, VirtAddr};
 
 use crate::engine::Engine;
-use crate::executor::{Executor, QueuedFault};
+use crate::executor::{Executor, Faulters, QueuedFault};
 use crate::map::{BlockInner, Piece, SpaceMap};
 use crate::page::PageState;
 
@@ -32,6 +32,7 @@ impl Engine<'_> {
         let mut map = self.gate_for_reading();
         self.settle_order(&mut map);
         executor.batch.clear();
+        executor.faulters = Faulters::Nobody;
         self.space.read_events(&mut executor.batch);
         self.reading.store(false, Release);
         let count = executor.batch.len();
@@ -53,9 +54,11 @@ impl Engine<'_> {
                 space,
                 address,
                 kind,
+                thread,
                 ..
             } = event
             {
+                executor.faulters = executor.faulters.with(thread);
                 executor.queue(QueuedFault {
                     space,
                     address,

@@ -39,6 +39,37 @@ pub struct Executor {
     reads_events: bool,
     queue: FaultQueue,
     pub(crate) batch: EventBatch,
+    /// Whose faults were read last.
+    pub(crate) faulters: Faulters,
+    relief: Option<&'static dyn Relief>,
+}
+
+/// The threads whose faults an executor has read at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Faulters {
+    /// There was no fault.
+    Nobody,
+    /// All faults were this thread's. Its number is 0 where the kernel does not
+    /// tell.
+    One(u32),
+    /// Two at least.
+    Several,
+}
+
+impl Faulters {
+    pub(crate) const fn with(self, thread: u32) -> Self {
+        match self {
+            Self::Nobody => Self::One(thread),
+            Self::One(other) if other == thread && thread != 0 => self,
+            Self::One(_) | Self::Several => Self::Several,
+        }
+    }
+}
+
+/// Whoever sees to it that others read events while an executor cannot.
+pub trait Relief: Sync + std::fmt::Debug {
+    /// What is to be done now takes long.
+    fn takes_long(&self);
 }
 
 impl Executor {
@@ -68,6 +99,27 @@ impl Executor {
                 len: 0,
             },
             batch: EventBatch::new(),
+            faulters: Faulters::Nobody,
+            relief: None,
+        }
+    }
+
+    /// Has somebody told before something is done that takes long.
+    #[must_use]
+    pub const fn relieved_by(mut self, relief: &'static dyn Relief) -> Self {
+        self.relief = Some(relief);
+        self
+    }
+
+    /// The threads whose faults the last [`crate::Engine::pump`] has read.
+    #[must_use]
+    pub const fn faulters(&self) -> Faulters {
+        self.faulters
+    }
+
+    pub(crate) fn takes_long(&self) {
+        if let Some(relief) = self.relief {
+            relief.takes_long();
         }
     }
 

@@ -6,7 +6,7 @@ use hmm_hal::{FaultKind, SpaceId, Stop};
 use hmm_types::{PAGES_PER_BLOCK, PageCount, PageRange, VirtAddr};
 
 use crate::engine::Engine;
-use crate::executor::{Executor, QueuedFault};
+use crate::executor::{BOUNCE_PAGES, Executor, QueuedFault};
 use crate::page::PageState;
 use crate::readahead::Plan;
 
@@ -171,6 +171,9 @@ impl Engine<'_> {
         } else {
             PageRange::span(from, upto)
         };
+        if window.pages().get() > BOUNCE_PAGES {
+            executor.takes_long();
+        }
         if !self.bring_demanded(executor, fault.address, window) {
             // Somebody else was quicker, or it could not come: look again.
             let page = PageRange::from_pages(fault.address.page_floor(), PageCount::ONE);
@@ -188,6 +191,7 @@ impl Engine<'_> {
         let (from, upto) = Plan::addresses(plan.ahead);
         let upto = upto.min(VirtAddr::new(hmm_types::USER_END));
         if from < upto {
+            executor.takes_long();
             let moved = self.bring_ahead(executor, PageRange::span(from, upto));
             self.stats.readahead_pages.fetch_add(moved, Relaxed);
         }

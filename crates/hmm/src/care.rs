@@ -19,7 +19,9 @@ use crate::jobs::{Outcome, Request};
 
 /// How long a handler sleeps without events before it looks whether to end.
 const HANDLER_NAP_MS: u32 = 1000;
-/// The same while changes of mappings may still be under way.
+/// How long one sleeps that is not on duty.
+const HANDLER_REST: Duration = Duration::from_secs(1);
+/// The first while changes of mappings may still be under way.
 const UNSETTLED_NAP_MS: u32 = 1;
 /// How long a worker sleeps without requests before it looks around.
 const WORKER_NAP: Duration = Duration::from_millis(500);
@@ -52,9 +54,13 @@ pub(crate) fn bounce() -> Option<Pages> {
 }
 
 /// Body of a handler thread.
-pub(crate) fn handle(host: &'static Host, bounce: &Pages, heartbeat: &Heartbeat) {
-    let mut executor = Executor::handler(bounce.range().start());
+pub(crate) fn handle(host: &'static Host, bounce: &Pages, number: usize) {
+    let heartbeat = &host.heartbeats[number];
+    let mut executor = Executor::handler(bounce.range().start()).relieved_by(&host.rota);
     loop {
+        while !host.rota.is_on_duty(number) && !host.is_stopping() {
+            host.rota.rest(number, HANDLER_REST);
+        }
         let nap = if host.engine.is_unsettled() {
             UNSETTLED_NAP_MS
         } else {
@@ -68,6 +74,8 @@ pub(crate) fn handle(host: &'static Host, bounce: &Pages, heartbeat: &Heartbeat)
         heartbeat.beat();
         if host.engine.pump(&mut executor) > 0 {
             host.engine.serve(&mut executor);
+            let faulters = executor.faulters();
+            host.rota.served(number, faulters, &host.handler_cpus);
         }
         heartbeat.beat();
         if host.engine.owes_children() {
@@ -124,6 +132,7 @@ pub(crate) fn watch(host: &'static Host) {
             let now = heartbeat.0.load(Ordering::Acquire);
             if now % 2 == 1 && now == *last {
                 *looks += 1;
+                host.rota.call_all();
                 if *looks >= WATCH_PATIENCE {
                     hmm_os::die(
                         "a handler thread has served one batch of faults for half a minute: a \

@@ -15,6 +15,7 @@ use hmm_types::{ByteCount, DeviceId, MAX_DEVICES, PageCount, PageRange, PageResi
 use crate::builder::Builder;
 use crate::care::{self, Heartbeat};
 use crate::jobs::{Jobs, Outcome, Request};
+use crate::rota::Rota;
 use crate::{
     Error, Memory, Prefetch, Report, Residency, ShutdownError, SoftwareDevice, SoftwareOptions,
 };
@@ -29,6 +30,9 @@ pub(crate) struct Host {
     pub(crate) engine: Engine<'static>,
     pub(crate) jobs: Jobs,
     pub(crate) heartbeats: hmm_mem::Vec<Heartbeat>,
+    pub(crate) rota: Rota,
+    /// Where the handlers are, in order; empty when they are not pinned.
+    pub(crate) handler_cpus: hmm_mem::Vec<usize>,
     devices: [OnceLock<&'static dyn Device>; MAX_DEVICES],
     /// To be closed at the end: their workers are engine threads.
     software: Mutex<hmm_mem::Vec<&'static SoftDevice>>,
@@ -104,13 +108,11 @@ impl Host {
 
     /// Starts handlers, workers and the watch.
     fn start_threads(&'static self, builder: &Builder) -> Result<(), Error> {
-        let cpus = hmm_os::allowed_cpus();
         for number in 0..builder.handlers {
             let bounce = care::bounce().ok_or(Error::EngineMemory)?;
-            let cpu = cpus.get(number % cpus.len().max(1)).copied();
-            let pin = cpu.filter(|_| builder.pin_handlers);
+            let pin = self.handler_cpus.get(number).copied();
             let name = format!("hmm-handler-{number}");
-            let body = move |bounce: Pages| care::handle(self, &bounce, &self.heartbeats[number]);
+            let body = move |bounce: Pages| care::handle(self, &bounce, number);
             self.keep(self.threads.spawn(&name, pin, move || body(bounce))?);
         }
         for number in 0..builder.workers {
@@ -150,6 +152,7 @@ impl Host {
             SoftwareDevice::close(device);
         }
         self.threads.run_on_root(|| self.space.interrupt());
+        self.rota.call_all();
         let mut running = hmm_mem::vec();
         std::mem::swap(&mut running, &mut *self.running.lock());
         for thread in running {
@@ -191,6 +194,11 @@ impl Hmm {
         let threads = EngineThreads::start()?;
         let space = threads.run_on_root(|| LinuxSpace::open(builder.open_config()))?;
         let space: &'static LinuxSpace = hmm_mem::leaked(space);
+        let mut handler_cpus = hmm_mem::vec();
+        if builder.pin_handlers {
+            let cpus = hmm_os::allowed_cpus();
+            handler_cpus.extend(cpus.iter().copied().cycle().take(builder.handlers));
+        }
         let mut heartbeats = hmm_mem::vec_with_capacity(builder.handlers);
         heartbeats.extend((0..builder.handlers).map(|_| Heartbeat::new()));
         let host: &'static Host = hmm_mem::leaked(Host {
@@ -199,6 +207,8 @@ impl Hmm {
             engine: Engine::new(space, &CLOCK, builder.settings),
             jobs: Jobs::new(),
             heartbeats,
+            rota: Rota::new(),
+            handler_cpus,
             devices: [const { OnceLock::new() }; MAX_DEVICES],
             software: Mutex::new(Rank::Control, hmm_mem::vec()),
             stopping: AtomicBool::new(false),

@@ -65,6 +65,7 @@ mod jobs;
 mod memory;
 mod report;
 mod residency;
+mod rota;
 
 pub use builder::Builder;
 pub use device::{SoftwareDevice, SoftwareOptions};
