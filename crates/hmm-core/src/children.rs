@@ -218,19 +218,28 @@ impl Engine<'_> {
     /// A child's thread touched a missing page.
     pub(crate) fn child_fault(&self, executor: &mut Executor, space: SpaceId, address: VirtAddr) {
         let page = PageRange::from_pages(address.page_floor(), PageCount::ONE);
-        if self.give_run(executor, space, page.start()).is_some() {
-            // Whatever became of it: who waits looks again.
-            self.space.wake(space, page);
-            return;
-        }
         let mut attempt = 0;
-        // Nothing is owed there: a hole.
-        while self.space.zero_pages(space, page).stop == Some(Stop::Again)
+        // Whatever becomes of it: who waits looks again.
+        while self.give_run(executor, space, page.start()).is_none()
+            && self.fill_hole_of_child(space, page) == Some(Stop::Again)
             && self.wait_for_events(executor, attempt)
         {
             attempt += 1;
         }
         self.space.wake(space, page);
+    }
+
+    /// Zeros for a child's page, unless it is owed one. Under the gate: a fork
+    /// that is being applied is about to say what a new child is owed.
+    fn fill_hole_of_child(&self, space: SpaceId, page: PageRange) -> Option<Stop> {
+        let _gate = self.gate.read();
+        let mut children = self.children.lock();
+        if let Some(child) = children.get(space)
+            && !child.within(page).is_empty()
+        {
+            return Some(Stop::Again);
+        }
+        self.space.zero_pages(space, page).stop
     }
 
     /// A child's thread writes to a page that the engine had write-protected in

@@ -36,6 +36,10 @@ pub(crate) struct Children {
     /// used; slots are filled by the reader and emptied by `release`.
     slots: RwLock<hmm_mem::Vec<Option<Child>>>,
     count: AtomicUsize,
+    /// Where the search for a free slot begins: a number that was given back is
+    /// given out again as late as possible, since a fault that was read before
+    /// may still name it.
+    next_slot: AtomicUsize,
     next_probe: AtomicUsize,
     poll: OwnedFd,
     interrupt: OwnedFd,
@@ -56,6 +60,7 @@ impl Children {
         Ok(Self {
             slots: RwLock::new(Rank::System, slots),
             count: AtomicUsize::new(0),
+            next_slot: AtomicUsize::new(0),
             next_probe: AtomicUsize::new(0),
             poll,
             interrupt,
@@ -77,7 +82,11 @@ impl Children {
 
     pub(crate) fn add(&self, fd: OwnedFd, features: u64) -> SpaceId {
         let mut slots = self.slots.write();
-        let Some(index) = slots.iter().position(Option::is_none) else {
+        let first = self.next_slot.load(Ordering::Relaxed);
+        let free = (first..MAX_CHILDREN)
+            .chain(0..first)
+            .find(|&index| slots[index].is_none());
+        let Some(index) = free else {
             fail(format_args!(
                 "the process has {MAX_CHILDREN} forked children whose pages are on devices, and \
                  forked another; the engine cannot serve more, and its data would read as zeros. \
@@ -96,6 +105,8 @@ impl Children {
                  so the process ends now"
             ));
         }
+        self.next_slot
+            .store((index + 1) % MAX_CHILDREN, Ordering::Relaxed);
         slots[index] = Some(Child {
             uffd: Uffd::of_child(fd, features),
             exit_reported: false,

@@ -1,9 +1,10 @@
 //! `metadata_idle`, `metadata_resident`: what the engine remembers of a page.
 //!
 //! All tables of the engine and of its software devices come from the engine's
-//! own memory, whose use is read before and after. Memory is registered when a
-//! migration names it; to have some that is registered but at home, it goes to
-//! the device and comes back. Staging is no table, and is not counted.
+//! own memory, whose use is read before and after. A mapping is registered as a
+//! whole when a migration names a page of it; so one page goes to the device,
+//! and all others are registered and never moved. Staging is no table, and is
+//! not counted.
 
 use hmm::{Hmm, PageCount, SoftwareOptions, engine_memory_bytes};
 
@@ -23,10 +24,10 @@ pub fn metadata() -> anyhow::Result<Vec<(&'static str, Measured)>> {
     let frames = with_device.saturating_sub(opened);
 
     let area = Area::filled(SIZE, false)?;
+    hmm.migrate(area.range().slice(0, 1), device.id())?;
+    let idle = engine_memory_bytes().saturating_sub(with_device);
     to(&hmm, &area, Some(device.id()))?;
     let resident = engine_memory_bytes().saturating_sub(with_device);
-    to(&hmm, &area, None)?;
-    let idle = engine_memory_bytes().saturating_sub(with_device);
     hmm.shutdown()?;
 
     let pages = |bytes: u64, pages: PageCount| bytes as f64 / pages.get() as f64;
