@@ -10,6 +10,8 @@ mod common;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use std::sync::Barrier;
+
 use common::{
     Map, PAGE, WORDS, all_free, engine, fetch, fork, nothing_staged, on_device, pattern, send,
     wait, watchdog,
@@ -626,4 +628,58 @@ fn another_mapping_that_replaces_device_pages_wins() {
     moved.leak();
     drop(map);
     end(hmm, &device);
+}
+
+/// One mremap is reported twice; in between, another thread's memory arrives
+/// where the first thread's was.
+#[test]
+fn memory_remapped_to_where_other_memory_was_is_kept() {
+    const FEW: usize = 16;
+    const ROUNDS: u32 = 200;
+    const TRIES: u32 = 10_000;
+    let _dog = watchdog("memory_remapped_to_where_other_memory_was_is_kept", 60);
+    let (hmm, device) = engine(8);
+    let mut met = 0;
+    for _ in 0..ROUNDS {
+        let (first, second) = (Map::new(FEW), Map::new(FEW));
+        let spare = Map::with(FEW, libc::PROT_NONE, libc::MAP_PRIVATE, -1);
+        for (map, seed) in [(&first, 1), (&second, 2)] {
+            map.fill(seed);
+            hmm.migrate(map.range(), device.id()).unwrap();
+        }
+        let (place, elsewhere) = (first.at().expose_provenance(), spare.at());
+        spare.leak();
+        // The second thread has mapped its own stacks when it gets there.
+        let started = Barrier::new(2);
+        let (first, second) = std::thread::scope(|scope| {
+            let started = &started;
+            let other = scope.spawn(move || {
+                let place = std::ptr::with_exposed_provenance_mut(place);
+                started.wait();
+                // Now and then something else is mapped there first.
+                let free = (0..TRIES).any(|_| reserve(place, FEW));
+                let to = free.then_some(place);
+                let second = second.remap(FEW, libc::MREMAP_MAYMOVE, to);
+                (second, free)
+            });
+            started.wait();
+            let first = first.remap(FEW, libc::MREMAP_MAYMOVE, Some(elsewhere));
+            let (second, free) = other.join().unwrap();
+            met += u32::from(free);
+            (first, second)
+        });
+        first.check(1);
+        second.check(2);
+    }
+    println!("{met} of {ROUNDS} met");
+    assert!(met > ROUNDS / 4);
+    hmm.shutdown().unwrap();
+}
+
+/// Takes addresses if nothing is mapped there.
+fn reserve(at: *mut u8, pages: usize) -> bool {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+    // SAFETY: replaces nothing that is mapped.
+    let got = unsafe { libc::mmap(at.cast(), pages * PAGE, libc::PROT_NONE, flags, -1, 0) };
+    got == at.cast()
 }
