@@ -142,7 +142,7 @@ impl Machine {
                 ),
                 "POISON" => (
                     true,
-                    "Linux 6.6 or later; without it lost pages read as zeros",
+                    "Linux 6.6 or later; without it the process ends where a page is lost with its device",
                 ),
                 _ => (false, ""),
             };
