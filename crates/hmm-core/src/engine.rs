@@ -392,7 +392,13 @@ impl<'env> Engine<'env> {
     /// # Panics
     /// When one is broken.
     pub fn check(&self) {
-        self.gate.read().check();
+        let map = self.gate.read();
+        map.check();
+        assert_eq!(
+            self.is_unsettled(),
+            !map.order.is_settled(),
+            "handlers look for the end of changes that have ended"
+        );
     }
 }
 

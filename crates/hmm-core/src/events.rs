@@ -30,7 +30,9 @@ impl Engine<'_> {
             return 0;
         }
         let mut map = self.gate_for_reading();
-        self.settle_order(&mut map);
+        if !map.order.is_settled() {
+            self.settles(&mut map);
+        }
         executor.batch.clear();
         executor.faulters = Faulters::Nobody;
         self.space.read_events(&mut executor.batch);

@@ -174,12 +174,14 @@ impl Engine<'_> {
         }
     }
 
-    /// Forgets about changes when none is under way.
-    pub(crate) fn settle_order(&self, map: &mut SpaceMap) {
-        if !map.order.is_settled() && self.space.is_quiet() {
+    /// Whether no change is under way; then none is remembered.
+    pub(crate) fn settles(&self, map: &mut SpaceMap) -> bool {
+        let quiet = self.space.is_quiet();
+        if quiet {
             map.order.settle();
             self.unsettled.store(false, Relaxed);
         }
+        quiet
     }
 
     /// Whether the engine remembers changes that may still be under way: then

@@ -45,8 +45,7 @@ impl Engine<'_> {
         let mut attempt = 0;
         loop {
             let mut map = self.gate.write();
-            if self.space.is_quiet() {
-                map.order.settle();
+            if self.settles(&mut map) {
                 return Some(map);
             }
             drop(map);
@@ -113,8 +112,9 @@ impl Engine<'_> {
             let page = PageRange::new(VirtAddr::new(page), PAGE_SIZE).ok()?;
             Some(self.mappings_of(page)?.first()?.whole)
         };
+        let before = range.start().get().checked_sub(PAGE_SIZE);
         [
-            mapping_at(range.start().get() - PAGE_SIZE).map(PageRange::start),
+            before.and_then(mapping_at).map(PageRange::start),
             mapping_at(range.end().get()).map(PageRange::end),
         ]
     }

@@ -40,6 +40,19 @@ struct Field {
 }
 
 impl Field {
+    /// Less device memory than there is data: evictions all the time.
+    fn open() -> Self {
+        let (hmm, first) = common::engine(12);
+        let second = common::device(&hmm, 6);
+        Self {
+            hmm,
+            devices: [first, second],
+            stop: AtomicBool::new(false),
+            regions: Mutex::new(Vec::new()),
+            without: std::env::var("HMM_STRESS_WITHOUT").unwrap_or_default(),
+        }
+    }
+
     fn goes_on(&self) -> bool {
         !self.stop.load(Ordering::Relaxed)
     }
@@ -462,16 +475,7 @@ fn stress_many_threads_against_an_oracle() {
     let _dog = watchdog("stress_many_threads_against_an_oracle", seconds + 60);
     let seed = common::seed();
     println!("seed {seed}");
-    // Less device memory than there is data: evictions all the time.
-    let (hmm, first) = common::engine(12);
-    let second = common::device(&hmm, 6);
-    let field = Field {
-        hmm,
-        devices: [first, second],
-        stop: AtomicBool::new(false),
-        regions: Mutex::new(Vec::new()),
-        without: std::env::var("HMM_STRESS_WITHOUT").unwrap_or_default(),
-    };
+    let field = Field::open();
     let counters = Map::new(COUNTER_PAGES);
     field.enter(&counters);
     let shares: Vec<AtomicU64> = (0..COUNTERS).map(|_| AtomicU64::new(0)).collect();
@@ -535,15 +539,7 @@ fn a_forking_process_keeps_its_data() {
     let _dog = watchdog("a_forking_process_keeps_its_data", 60);
     let seed = common::seed();
     println!("seed {seed}");
-    let (hmm, first) = common::engine(12);
-    let second = common::device(&hmm, 6);
-    let field = Field {
-        hmm,
-        devices: [first, second],
-        stop: AtomicBool::new(false),
-        regions: Mutex::new(Vec::new()),
-        without: std::env::var("HMM_STRESS_WITHOUT").unwrap_or_default(),
-    };
+    let field = Field::open();
     let first = Map::new(1);
     field.enter(&first);
     std::thread::scope(|scope| {
