@@ -1,8 +1,13 @@
 //! `to_device_256m`, `to_system_256m`, both with huge pages, and `scan_256m`:
 //! large transfers against memcpy of the same size by one thread.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use anyhow::ensure;
-use hmm::{ByteCount, DeviceId, Hmm, Report, SoftwareOptions};
+use hmm::{
+    ByteCount, Context, DeviceId, Hmm, KernelError, LaunchReport, Report, SoftwareDevice,
+    SoftwareOptions,
+};
 
 use super::sample::{Measured, Pairs, ROUNDS, gb_per_s, timed};
 use crate::floor::Area;
@@ -15,7 +20,7 @@ pub const DEVICE_MEMORY: ByteCount = ByteCount::mib(512);
 pub const STAGING: ByteCount = ByteCount::mib(768);
 
 /// An engine with a device whose memory is there already.
-pub fn open(workers: usize) -> anyhow::Result<(Hmm, hmm::SoftwareDevice)> {
+pub fn open(workers: usize) -> anyhow::Result<(Hmm, SoftwareDevice)> {
     let hmm = Hmm::builder().staging_limit(STAGING).open()?;
     let options = SoftwareOptions::new(DEVICE_MEMORY)
         .workers(workers)
@@ -88,6 +93,30 @@ pub fn to(hmm: &Hmm, area: &Area, device: Option<DeviceId>) -> anyhow::Result<Re
         None => hmm.evict(area.range())?,
     };
     ensure!(report.is_complete(), "not everything moved: {report}");
+    Ok(report)
+}
+
+/// Runs a kernel that reads memory of the device, and checks what it finds.
+pub fn finds(
+    device: &SoftwareDevice,
+    right: u64,
+    kernel: impl Fn(&Context) -> Result<u64, KernelError> + Sync,
+) -> anyhow::Result<LaunchReport> {
+    // A static: the kernel's own store must not take a page of the stack along.
+    static FOUND: AtomicU64 = AtomicU64::new(0);
+    let report = device.launch(1, |context, _| {
+        FOUND.store(kernel(context)?, Ordering::Relaxed);
+        Ok(())
+    })?;
+    ensure!(
+        FOUND.load(Ordering::Relaxed) == right,
+        "the device read wrong data"
+    );
+    ensure!(
+        report.faults == 0,
+        "{} pages were not on the device",
+        report.faults
+    );
     Ok(report)
 }
 
