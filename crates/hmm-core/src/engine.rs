@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use hmm_hal::{AddressSpace, Capabilities, Clock, Device};
 use hmm_sync::{Condvar, Mutex, Rank, RwLock};
-use hmm_types::{ByteCount, DeviceId, PageCount, PageRange, VirtAddr};
+use hmm_types::{BLOCK_PAGES, ByteCount, DeviceId, PageCount, PageRange, VirtAddr};
 
 use crate::children::Children;
 use crate::devices::Devices;
@@ -186,6 +186,9 @@ impl<'env> Engine<'env> {
         };
         slot.retire();
         slot.forget_in_place();
+        // Who found the device in place just before has arrived after this.
+        self.pause();
+        self.resume();
         self.bring_all_home(executor, Some(device))
     }
 
@@ -363,6 +366,21 @@ impl<'env> Engine<'env> {
         self.devices
             .get(device)
             .is_some_and(|slot| !slot.is_retired())
+    }
+
+    /// Whether something is not in system memory, or on its way; or not on one
+    /// device. Memory that is unmapped counts while it is in flight.
+    pub(crate) fn has_pages_away(&self, only: Option<DeviceId>) -> bool {
+        let map = self.gate.read();
+        map.blocks().any(|block| {
+            let inner = block.lock();
+            if inner.away() == 0 && inner.in_flight() == 0 {
+                return false;
+            }
+            only.is_none_or(|only| {
+                (0..BLOCK_PAGES).any(|index| inner.state(index).device() == Some(only))
+            })
+        })
     }
 
     /// Pages that are not in system memory, or on their way.

@@ -2,12 +2,17 @@
 
 use std::sync::atomic::Ordering::Relaxed;
 
-use hmm_types::{DeviceId, PageRange, VirtAddr};
+use hmm_types::{DeviceId, PageRange, StayReason, VirtAddr};
 
-use crate::engine::{BUSY_LIMIT, Engine};
+use crate::engine::Engine;
 use crate::executor::Executor;
 use crate::home::Home;
 use crate::page::PageState;
+
+/// Sweeps without any gain before everything is given up, and how long they
+/// last at least: whoever has a page in flight may wait for a processor.
+const SWEEPS: u32 = 1024;
+const SWEEP_PATIENCE_NS: u64 = 30_000_000_000;
 
 impl Engine<'_> {
     /// Evicts the block that the device has not used for longest, unless it
@@ -59,24 +64,61 @@ impl Engine<'_> {
         best.map(|(_, range)| range)
     }
 
-    /// Brings home everything, or everything that is on one device. True when
-    /// nothing is left there.
+    /// Brings home everything, or everything that is on one device, while
+    /// nothing leaves. True when, at one moment, nothing was left.
     pub fn bring_all_home(&self, executor: &mut Executor, only: Option<DeviceId>) -> bool {
-        let mut clean = true;
-        let mut cursor = VirtAddr::new(0);
+        self.bring_all(executor, only, Home::ahead().only(only))
+    }
+
+    /// Prepares a fork that the kernel will not report: nothing may be away,
+    /// while nothing leaves. What cannot be read from its device any more is
+    /// lost, to the child as to the parent: it is poisoned. True when nothing
+    /// was left.
+    pub fn bring_all_home_before_fork(&self, executor: &mut Executor) -> bool {
+        self.bring_all(executor, None, Home::whatever_it_takes())
+    }
+
+    fn bring_all(&self, executor: &mut Executor, only: Option<DeviceId>, home: Home) -> bool {
         let mut rounds = 0;
-        while let Some(range) = self.next_away(cursor) {
-            let step = self.step_home(executor, range, Home::ahead().only(only));
-            if step.busy > 0 && rounds < BUSY_LIMIT * 16 {
-                rounds += 1;
-                self.wait_for_transition();
-                continue;
+        let mut since = self.clock.now_ns();
+        loop {
+            let (moved, stuck) = self.sweep_home(executor, home);
+            // Not what the sweep has met: memory that is remapped can get
+            // behind it, and who gave a page up leaves it where it was.
+            if !self.has_pages_away(only) {
+                return true;
             }
-            rounds = 0;
-            clean &= step.busy == 0 && step.stuck.is_none();
+            if moved > 0 {
+                rounds = 0;
+                since = self.clock.now_ns();
+            } else if stuck {
+                return false;
+            }
+            // Others have the pages, and may not have run for a while.
+            let patient = self.clock.now_ns().saturating_sub(since) < SWEEP_PATIENCE_NS;
+            if rounds == SWEEPS && !(patient && self.space.may_sleep()) {
+                return false;
+            }
+            rounds = SWEEPS.min(rounds + 1);
+            self.wait_for_transition();
+        }
+    }
+
+    /// Brings home what is away and not in flight. Returns how many pages came,
+    /// and whether a device could not give some.
+    fn sweep_home(&self, executor: &mut Executor, home: Home) -> (u64, bool) {
+        let mut cursor = VirtAddr::new(0);
+        let mut moved = 0;
+        let mut stuck = false;
+        while let Some(range) = self.next_away(cursor) {
+            let step = self.step_home(executor, range, home);
+            moved += step.moved;
+            stuck |= step
+                .stuck
+                .is_some_and(|(_, reason)| reason != StayReason::Busy);
             cursor = range.start().plus_pages(step.passed.max(1));
         }
-        clean
+        (moved, stuck)
     }
 
     /// The first mapped range at or behind `cursor` whose block has pages away

@@ -49,9 +49,8 @@ pub(crate) struct Step {
 pub(crate) struct Home {
     /// Only pages on this device.
     only: Option<DeviceId>,
-    /// A CPU thread waits for this page: if it cannot be read from its device
-    /// any more it is poisoned; others stay there.
-    demand: Option<VirtAddr>,
+    /// What of it is poisoned if it cannot be read from its device any more.
+    poisons: Poisons,
     /// End before a page that is in flight, so that the caller can wait for it.
     stops_at_flights: bool,
 }
@@ -61,7 +60,7 @@ impl Home {
     pub(crate) const fn ahead() -> Self {
         Self {
             only: None,
-            demand: None,
+            poisons: Poisons::Nothing,
             stops_at_flights: false,
         }
     }
@@ -69,7 +68,15 @@ impl Home {
     /// For a CPU thread that waits for the page at `address`.
     pub(crate) const fn demanded(address: VirtAddr) -> Self {
         Self {
-            demand: Some(address),
+            poisons: Poisons::Page(address),
+            ..Self::ahead()
+        }
+    }
+
+    /// Nothing may stay away.
+    pub(crate) const fn whatever_it_takes() -> Self {
+        Self {
+            poisons: Poisons::Everything,
             ..Self::ahead()
         }
     }
@@ -85,6 +92,26 @@ impl Home {
     /// Only pages on one device, if one is given.
     pub(crate) const fn only(self, only: Option<DeviceId>) -> Self {
         Self { only, ..self }
+    }
+}
+
+/// Pages that somebody cannot do without: if a device cannot give them they are
+/// lost, and touching them raises SIGBUS. Others stay on the device.
+#[derive(Clone, Copy, Debug)]
+enum Poisons {
+    Nothing,
+    /// A CPU thread waits for this page.
+    Page(VirtAddr),
+    Everything,
+}
+
+impl Poisons {
+    fn includes(self, page: VirtAddr) -> bool {
+        match self {
+            Self::Nothing => false,
+            Self::Page(one) => one == page,
+            Self::Everything => true,
+        }
     }
 }
 
@@ -223,7 +250,7 @@ impl Engine<'_> {
             match self.copy_home(&claim, done, landing) {
                 Ok(()) => step.moved += self.commit_home(executor, &claim, done, landing),
                 Err(error) => {
-                    self.copy_home_failed(&claim, done, landing, error, home.demand, &mut step);
+                    self.copy_home_failed(&claim, done, landing, error, home.poisons, &mut step);
                 }
             }
             done += landing.pages();
@@ -608,7 +635,7 @@ impl Engine<'_> {
         from: u32,
         landing: Landing,
         error: DeviceError,
-        demand: Option<VirtAddr>,
+        poisons: Poisons,
         step: &mut Step,
     ) {
         let map = self.gate.read();
@@ -623,12 +650,16 @@ impl Engine<'_> {
             }
             match place {
                 Some(place)
-                    if demand == Some(place.start())
+                    if poisons.includes(place.start())
                         && !inner.entry(index).doomed()
                         && self.poison(place, error) =>
                 {
                     self.free_claimed(claim, from + offset);
+                    let parked = inner.entry(index).parked();
                     inner.set(index, PageState::System);
+                    if parked {
+                        self.space.wake(SpaceId::OWN, place);
+                    }
                 }
                 place => {
                     self.settle_page(inner, claim, from + offset, place);

@@ -241,6 +241,11 @@ impl SpaceMap {
         &self.pieces
     }
 
+    /// All blocks, also those that only executors name.
+    pub(crate) fn blocks(&self) -> impl Iterator<Item = &Block> {
+        self.blocks.iter().flatten().map(|block| &**block)
+    }
+
     /// The first piece that ends behind `address`.
     fn position(&self, address: VirtAddr) -> usize {
         self.pieces

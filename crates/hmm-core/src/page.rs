@@ -59,6 +59,19 @@ impl PageState {
         )
     }
 
+    /// The device that has the page, or is about to lose it.
+    pub(crate) const fn device(self) -> Option<DeviceId> {
+        match self {
+            Self::Device { device, .. }
+            | Self::Staged { device, .. }
+            | Self::Dropping { device, .. }
+            | Self::Dropped { device, .. }
+            | Self::Downloading { device, .. }
+            | Self::Transferring { device, .. } => Some(device),
+            Self::System | Self::Discarded | Self::Copying | Self::Uploading { .. } => None,
+        }
+    }
+
     /// Whether the page rests away from the CPU.
     pub(crate) const fn is_away(self) -> bool {
         matches!(self, Self::Device { .. } | Self::Staged { .. })

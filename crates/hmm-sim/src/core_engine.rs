@@ -171,7 +171,7 @@ impl EngineUnderTest for CoreEngine {
 
     fn before_fork(&self) {
         self.engine.begin_shut_down();
-        self.everything_home(|worker| self.engine.bring_all_home(worker, None));
+        self.everything_home(|worker| self.engine.bring_all_home_before_fork(worker));
     }
 
     fn after_fork(&self) {

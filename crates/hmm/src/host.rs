@@ -435,11 +435,12 @@ mod fork_guard {
             let clean = care::bounce().is_some_and(|bounce| {
                 let mut executor = Executor::worker(bounce.range().start());
                 self.threads
-                    .run_on_root(|| self.engine.bring_all_home(&mut executor, None))
+                    .run_on_root(|| self.engine.bring_all_home_before_fork(&mut executor))
             });
             if !clean {
                 hmm_os::die(
-                    "hmm: pages could not be brought home before a fork; the child would lose them",
+                    "pages could not be brought home before a fork: for half a minute others had \
+                     them in flight. The child would read zeros there, so the process ends now",
                 );
             }
         }

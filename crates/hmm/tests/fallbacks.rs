@@ -5,7 +5,7 @@ use common::{
     Map, PAGE, WORDS, all_free, engine_of, fetch, fork, nothing_staged, pattern, send, wait,
     watchdog,
 };
-use hmm::{Disable, Hmm, Pointer, StatsSnapshot};
+use hmm::{Disable, Hmm, LossMode, Pointer, StatsSnapshot};
 
 /// A bit of everything; what the engine counted.
 fn everything(disable: Disable) -> StatsSnapshot {
@@ -122,6 +122,34 @@ fn without_fork_events_everything_is_home_in_time() {
         fork_events: true,
         ..Disable::default()
     });
+}
+
+/// Nothing may be away in a fork that is not reported. What a lost device had
+/// is lost to the child as well; it must not read zeros.
+#[test]
+fn without_fork_events_a_process_that_lost_a_device_can_fork() {
+    let _dog = watchdog(
+        "without_fork_events_a_process_that_lost_a_device_can_fork",
+        60,
+    );
+    let builder = Hmm::builder().disable(Disable {
+        fork_events: true,
+        ..Disable::default()
+    });
+    let (hmm, device) = engine_of(builder, 4);
+    let (lost, kept) = (Map::new(100), Map::new(100));
+    lost.fill(8);
+    kept.fill(9);
+    send(&hmm, lost.range(), &device);
+    device.injector().lose(LossMode::MemoryGone);
+    let child = fork(|| i32::from(kept.wrong(0, 100, 9).is_some()));
+    assert_eq!(wait(child), 0, "a child that touches nothing of it");
+    assert_eq!(hmm.statistics().lost_pages, 100);
+    let child = fork(|| i32::from(lost.get(50 * WORDS) == 0));
+    assert_eq!(wait(child), -libc::SIGBUS);
+    kept.check(9);
+    drop(lost);
+    hmm.shutdown().unwrap();
 }
 
 #[test]
