@@ -172,7 +172,11 @@ impl Engine<'_> {
             }
         };
         // On another device, which cannot be used in place.
-        self.step_home(executor, page, Home::ahead());
+        let step = self.step_home(executor, page, Home::ahead());
+        match step.stuck {
+            None | Some((_, StayReason::Busy)) => {}
+            Some((_, reason)) => return Err(DeviceFaultError::Unreachable { address, reason }),
+        }
         self.map_in_place(page, target)
             .ok_or(DeviceFaultError::Unreachable { address, reason })
     }

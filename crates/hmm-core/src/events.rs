@@ -13,65 +13,52 @@ use hmm_sync::WriteGuard;
 use hmm_types::{PageCount, PageRange, VirtAddr};
 
 use crate::engine::Engine;
-use crate::executor::{Executor, Faulters, QueuedFault};
+use crate::executor::{Executor, QueuedFault};
 use crate::map::{BlockInner, Piece, SpaceMap};
 use crate::page::PageState;
 
 impl Engine<'_> {
-    /// Reads the events that are there, applies the structural ones and queues
-    /// the faults for this executor. Returns how many events it read; does
-    /// nothing while the executor's queue has no room for another batch.
-    pub fn pump(&self, executor: &mut Executor) -> usize {
+    /// Reads an event, if there is one. Applies a structural one, and queues a
+    /// fault for this executor. True when it has read one; does nothing while
+    /// the executor's queue is full.
+    pub fn pump(&self, executor: &mut Executor) -> bool {
         if !executor.has_room() {
-            return 0;
+            return false;
         }
         // Every handler wakes for every fault; the one that comes first reads.
         if self.reading.swap(true, Acquire) {
-            return 0;
+            return false;
         }
         let mut map = self.gate_for_reading();
         if !map.order.is_settled() {
             self.settles(&mut map);
         }
-        executor.batch.clear();
-        executor.faulters = Faulters::Nobody;
-        self.space.read_events(&mut executor.batch);
+        let event = self.space.read_event();
         self.reading.store(false, Release);
-        let count = executor.batch.len();
-        if count == 0 {
-            return 0;
-        }
-        let now = self.clock.now_ns();
-        // Structural events first: a fault is served by what holds after them.
-        let mut batch = std::mem::take(&mut executor.batch);
-        for event in batch.iter() {
-            if !matches!(event, Event::Fault { .. }) {
-                self.apply(&mut map, event);
-            }
-        }
-        self.end_waiting(&mut map);
-        drop(map);
-        for event in batch.iter() {
-            if let Event::Fault {
+        match event {
+            None => return false,
+            Some(Event::Fault {
                 space,
                 address,
                 kind,
                 thread,
                 ..
-            } = event
-            {
-                executor.faulters = executor.faulters.with(thread);
-                executor.queue(QueuedFault {
+            }) => {
+                drop(map);
+                let fault = QueuedFault {
                     space,
                     address,
                     kind,
-                    read_at_ns: now,
-                });
+                    read_at_ns: self.clock.now_ns(),
+                };
+                executor.queue(fault, thread);
+            }
+            Some(event) => {
+                self.apply(&mut map, event);
+                self.end_waiting(&mut map);
             }
         }
-        batch.clear();
-        executor.batch = batch;
-        count
+        true
     }
 
     /// The gate for writing. Those who hold it do so for a few microseconds:

@@ -1,6 +1,6 @@
 //! What a thread brings along to do the engine's work.
 
-use hmm_hal::{EventBatch, FaultKind, SpaceId};
+use hmm_hal::{FaultKind, SpaceId};
 use hmm_types::{PageCount, PageRange, VirtAddr};
 
 /// Pages of bounce memory that every executor owns.
@@ -26,44 +26,20 @@ struct FaultQueue {
 }
 
 impl FaultQueue {
-    /// Twice what is read at a time: a batch is only read while one fits.
-    const CAPACITY: usize = 2 * EventBatch::CAPACITY;
+    const CAPACITY: usize = 64;
 }
 
-/// A thread's own place to work: bounce memory, a batch of events, and the
-/// faults it has read but not served. One for each thread that calls the
+/// A thread's own place to work: bounce memory, and the faults it has
+/// read but not served. One for each thread that calls the
 /// engine; nothing in it is shared.
 #[derive(Debug)]
 pub struct Executor {
     bounce: VirtAddr,
     reads_events: bool,
     queue: FaultQueue,
-    pub(crate) batch: EventBatch,
-    /// Whose faults were read last.
-    pub(crate) faulters: Faulters,
+    /// Whose fault was read last.
+    faulter: Option<u32>,
     relief: Option<&'static dyn Relief>,
-}
-
-/// The threads whose faults an executor has read at once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Faulters {
-    /// There was no fault.
-    Nobody,
-    /// All faults were this thread's. Its number is 0 where the kernel does not
-    /// tell.
-    One(u32),
-    /// Two at least.
-    Several,
-}
-
-impl Faulters {
-    pub(crate) const fn with(self, thread: u32) -> Self {
-        match self {
-            Self::Nobody => Self::One(thread),
-            Self::One(other) if other == thread && thread != 0 => self,
-            Self::One(_) | Self::Several => Self::Several,
-        }
-    }
 }
 
 /// Whoever sees to it that others read events while an executor cannot.
@@ -98,8 +74,7 @@ impl Executor {
                 head: 0,
                 len: 0,
             },
-            batch: EventBatch::new(),
-            faulters: Faulters::Nobody,
+            faulter: None,
             relief: None,
         }
     }
@@ -111,10 +86,10 @@ impl Executor {
         self
     }
 
-    /// The threads whose faults the last [`crate::Engine::pump`] has read.
+    /// The thread whose fault was read last; 0 where the kernel does not tell.
     #[must_use]
-    pub const fn faulters(&self) -> Faulters {
-        self.faulters
+    pub const fn faulter(&self) -> Option<u32> {
+        self.faulter
     }
 
     pub(crate) fn takes_long(&self) {
@@ -136,12 +111,12 @@ impl Executor {
         PageRange::from_pages(self.bounce, PageCount::new(pages))
     }
 
-    /// Whether another full batch of events could be queued.
+    /// Whether another fault could be queued.
     pub(crate) const fn has_room(&self) -> bool {
-        self.queue.len + EventBatch::CAPACITY <= FaultQueue::CAPACITY
+        self.queue.len < FaultQueue::CAPACITY
     }
 
-    pub(crate) const fn queue(&mut self, fault: QueuedFault) {
+    pub(crate) const fn queue(&mut self, fault: QueuedFault, thread: u32) {
         assert!(
             self.queue.len < FaultQueue::CAPACITY,
             "more faults read than fit"
@@ -149,6 +124,7 @@ impl Executor {
         let at = (self.queue.head + self.queue.len) % FaultQueue::CAPACITY;
         self.queue.slots[at] = Some(fault);
         self.queue.len += 1;
+        self.faulter = Some(thread);
     }
 
     pub(crate) const fn next_fault(&mut self) -> Option<QueuedFault> {

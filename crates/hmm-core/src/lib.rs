@@ -55,7 +55,7 @@ mod upload;
 mod watch;
 
 pub use engine::{AddDeviceError, Engine, Settings};
-pub use executor::{BOUNCE_PAGES, Executor, Faulters, Relief};
+pub use executor::{BOUNCE_PAGES, Executor, Relief};
 pub use mirror::{MirrorEntry, Notifier, NotifierId, Sequence};
 pub use report::{Destination, MigrationReport, Stayed};
 pub use stats::{LATENCY_BUCKETS, LatencyHistogram, Statistics, StatsSnapshot};

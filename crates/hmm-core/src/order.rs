@@ -19,7 +19,7 @@
 
 use std::sync::atomic::Ordering::Relaxed;
 
-use hmm_hal::{Event, EventBatch, SpaceId};
+use hmm_hal::{Event, SpaceId};
 use hmm_mem::Vec;
 use hmm_types::{PageCount, PageRange, VirtAddr};
 
@@ -93,6 +93,14 @@ impl Order {
             .min_by_key(|part| part.start())
     }
 
+    /// The remap that waits longest: what went, and where it is.
+    fn awaited(&self) -> Option<(PageRange, PageRange)> {
+        self.waiting.iter().find_map(|event| match event {
+            Event::Remap { from, to, .. } => Some((*from, target(*from, *to))),
+            _ => None,
+        })
+    }
+
     /// Whether a remap to a part of the range waits.
     fn awaits(&self, range: PageRange) -> bool {
         self.waiting.iter().any(|event| match event {
@@ -144,6 +152,9 @@ impl Engine<'_> {
     pub(crate) fn end_waiting(&self, map: &mut SpaceMap) {
         while !map.order.waiting.is_empty() {
             if !self.space.is_quiet() {
+                if let Some((from, target)) = map.order.awaited() {
+                    self.space.await_change(target, from);
+                }
                 self.read_more(map);
                 continue;
             }
@@ -159,18 +170,16 @@ impl Engine<'_> {
         self.unsettled.store(!map.order.is_settled(), Relaxed);
     }
 
-    /// Reads and applies events with the gate held. Faults are not for now:
+    /// Reads and applies an event with the gate held. Faults are not for now:
     /// the threads look again.
     pub(crate) fn read_more(&self, map: &mut SpaceMap) {
-        let mut batch = EventBatch::new();
-        self.space.read_events(&mut batch);
-        for event in batch.iter() {
-            if let Event::Fault { space, address, .. } = event {
+        match self.space.read_event() {
+            None => {}
+            Some(Event::Fault { space, address, .. }) => {
                 let page = PageRange::from_pages(address.page_floor(), PageCount::ONE);
                 self.space.wake(space, page);
-            } else {
-                self.apply(map, event);
             }
+            Some(event) => self.apply(map, event),
         }
     }
 

@@ -11,9 +11,8 @@
 
 use hmm_core::{Destination, Engine, Executor, Settings};
 use hmm_hal::{
-    AddressSpace, Capabilities, Clock, Device, DeviceError, DeviceInfo, Event, EventBatch,
-    FaultKind, Fence, Mapping, Presence, Progress, RegisterError, SpaceError, SpaceId,
-    StagingLayout, Stop, Transfer,
+    AddressSpace, Capabilities, Clock, Device, DeviceError, DeviceInfo, Event, FaultKind, Fence,
+    Mapping, Presence, Progress, RegisterError, SpaceError, SpaceId, StagingLayout, Stop, Transfer,
 };
 use hmm_types::{
     Access, ByteCount, FrameId, FrameRange, MemoryKind, PageCount, PageRange, Permissions,
@@ -272,18 +271,16 @@ impl AddressSpace for Space {
         false
     }
 
-    fn read_events(&self, batch: &mut EventBatch) {
+    fn read_event(&self) -> Option<Event> {
         let mut tables = self.0.lock().unwrap();
-        while batch.room() > 0 {
-            let Some(event) = tables.events.pop_front() else {
-                return;
-            };
-            if !matches!(event, Event::Fault { .. }) {
-                tables.unread_changes -= 1;
-            }
-            batch.push(event);
+        let event = tables.events.pop_front()?;
+        if !matches!(event, Event::Fault { .. }) {
+            tables.unread_changes -= 1;
         }
+        Some(event)
     }
+
+    fn await_change(&self, _: PageRange, _: PageRange) {}
 
     fn is_quiet(&self) -> bool {
         self.0.lock().unwrap().unread_changes == 0

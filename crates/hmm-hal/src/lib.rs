@@ -15,7 +15,7 @@ mod space;
 pub use device::{
     Device, DeviceError, DeviceFaultError, DeviceInfo, FaultHandler, Fence, Resolution, Transfer,
 };
-pub use event::{Event, EventBatch, FaultKind, SpaceId};
+pub use event::{Event, FaultKind, SpaceId};
 pub use space::{
     AddressSpace, Capabilities, Mapping, Presence, Progress, RegisterError, SpaceError,
     StagingLayout, Stop,

@@ -2,7 +2,7 @@
 
 use hmm_types::{MemoryKind, PageCount, PageRange, Permissions, StayReason, VirtAddr};
 
-use crate::{EventBatch, SpaceId};
+use crate::{Event, SpaceId};
 
 /// What this kernel and this user's privileges allow. Whatever is missing has
 /// a slower or weaker substitute, which is counted when it is used.
@@ -225,10 +225,18 @@ pub trait AddressSpace: Sync {
     /// when the kernel has no memory for it. Slow; not for the fault path.
     fn provision(&self, slot: PageRange) -> bool;
 
-    /// Reads events that are there, at most as many as the batch has room for;
-    /// does not wait. The caller holds the gate for writing: threads that
-    /// changed the address space go on when their event has been read.
-    fn read_events(&self, batch: &mut EventBatch);
+    /// Reads an event if one is there; does not wait. The caller holds the gate
+    /// for writing: a thread that changed the address space goes on when its
+    /// event has been read. One at a time, since what an event means can depend
+    /// on what is done before the next one is read.
+    fn read_event(&self) -> Option<Event>;
+
+    /// Called with the gate held by whoever has read that `mover` was remapped
+    /// to `target`, which according to the events was not free: a thread that
+    /// has taken something away from there is about to say so. Waits until its
+    /// event is in the queue, a bounded time. As long as nothing else is read,
+    /// the thread that remapped cannot go on and change its memory again.
+    fn await_change(&self, target: PageRange, mover: PageRange);
 
     /// Whether every change of the own space's mappings that has begun was also
     /// read as an event.

@@ -130,23 +130,21 @@ impl Children {
         Some(use_it(&child.uffd))
     }
 
-    /// Calls `visit` for each child that has messages, at most PROBES of them;
-    /// the others' turn comes at the next call.
-    pub(crate) fn ready(&self, mut visit: impl FnMut(SpaceId)) {
+    /// What `look` finds first in the children that have messages, of which it
+    /// looks at PROBES at most; the others' turn comes at the next call.
+    pub(crate) fn find_ready<R>(&self, mut look: impl FnMut(SpaceId) -> Option<R>) -> Option<R> {
         let mut events = [MaybeUninit::<epoll::Event>::uninit(); PROBES];
         let now = Timespec {
             tv_sec: 0,
             tv_nsec: 0,
         };
-        let Ok((ready, _)) = epoll::wait(&self.poll, &mut events, Some(&now)) else {
-            return;
-        };
-        for event in ready {
-            match u16::try_from(event.data.u64()) {
-                Ok(number) if u64::from(number) != INTERRUPT => visit(SpaceId::new(number)),
-                _ => {}
-            }
-        }
+        let (ready, _) = epoll::wait(&self.poll, &mut events, Some(&now)).ok()?;
+        ready
+            .iter()
+            .find_map(|event| match u16::try_from(event.data.u64()) {
+                Ok(number) if u64::from(number) != INTERRUPT => look(SpaceId::new(number)),
+                _ => None,
+            })
     }
 
     /// Reads messages of one child; `None` when there are none, or no child.

@@ -81,7 +81,7 @@ pub enum OpenError {
 /// What ended a [`crate::LinuxSpace::wait`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wakeup {
-    /// Something may be there to read: call `read_events`.
+    /// Something may be there to read: call `read_event`.
     Events,
     /// [`crate::LinuxSpace::interrupt`] was called, and nothing else has happened.
     Interrupted,

@@ -19,6 +19,7 @@
 //! Reading maps, waking and zero-filling holes cannot harm anybody.
 
 mod abi;
+mod changes;
 mod child;
 mod clock;
 mod config;

@@ -6,8 +6,8 @@ use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use hmm_hal::{
-    AddressSpace, Capabilities, Event, EventBatch, Mapping, Presence, Progress, RegisterError,
-    SpaceError, SpaceId, StagingLayout, Stop,
+    AddressSpace, Capabilities, Event, Mapping, Presence, Progress, RegisterError, SpaceError,
+    SpaceId, StagingLayout, Stop,
 };
 use hmm_sync::assert_none_held;
 use hmm_types::{MemoryKind, PageCount, PageRange, StayReason, VirtAddr};
@@ -243,46 +243,48 @@ impl LinuxSpace {
             .unwrap_or(stopped(Stop::Gone))
     }
 
-    /// Reads messages of one space into the batch.
-    fn read_space(&self, space: SpaceId, batch: &mut EventBatch) {
+    /// Reads a message of one space.
+    fn read_space(&self, space: SpaceId) -> Option<Event> {
         let parts = self.parts();
-        let mut buffer = [MaybeUninit::<uffd_msg>::uninit(); EventBatch::CAPACITY];
-        let room = batch.room();
-        if room == 0 {
-            return;
-        }
+        let mut buffer = [MaybeUninit::<uffd_msg>::uninit(); 1];
         let messages = if space == SpaceId::OWN {
-            match parts.uffd.read(&mut buffer[..room]) {
+            match parts.uffd.read(&mut buffer) {
                 Ok(messages) => messages,
                 Err(error) => {
                     self.note_read_error(error);
-                    return;
+                    return None;
                 }
             }
         } else {
-            parts
-                .children
-                .read(space, &mut buffer[..room])
-                .unwrap_or(&[])
+            parts.children.read(space, &mut buffer)?
         };
-        self.messages
-            .fetch_add(messages.len() as u64, Ordering::Relaxed);
-        for message in messages {
-            match translate(space, message) {
-                Some(Message::Event(event)) => batch.push(event),
-                Some(Message::Fork(number)) => {
-                    // SAFETY: the kernel has just put this descriptor into the
-                    // reader's table, for the reader to own.
-                    let fd = unsafe { OwnedFd::from_raw_fd(number) };
-                    let child = parts.children.add(fd, parts.uffd.features());
-                    batch.push(Event::Fork {
-                        parent: space,
-                        child,
-                    });
-                }
-                None => {}
+        self.messages.fetch_add(1, Ordering::Relaxed);
+        match translate(space, messages.first()?)? {
+            Message::Event(event) => Some(event),
+            Message::Fork(number) => {
+                // SAFETY: the kernel has just put this descriptor into the
+                // reader's table, for the reader to own.
+                let fd = unsafe { OwnedFd::from_raw_fd(number) };
+                let child = parts.children.add(fd, parts.uffd.features());
+                Some(Event::Fork {
+                    parent: space,
+                    child,
+                })
             }
         }
+    }
+
+    /// An event of one of the children.
+    fn read_child(&self) -> Option<Event> {
+        let children = &self.parts().children;
+        if children.count() == 0 {
+            return None;
+        }
+        let message = children.find_ready(|space| self.read_space(space));
+        message.or_else(|| {
+            let space = children.take_gone()?;
+            Some(Event::Exit { space })
+        })
     }
 
     fn note_read_error(&self, error: Errno) {
@@ -475,17 +477,19 @@ impl AddressSpace for LinuxSpace {
         parts.staging.provision(slot, &parts.uffd, &parts.pagemap)
     }
 
-    fn read_events(&self, batch: &mut EventBatch) {
-        self.read_space(SpaceId::OWN, batch);
-        let children = &self.parts().children;
-        if children.count() > 0 && batch.room() > 0 {
-            children.ready(|space| self.read_space(space, batch));
-            if batch.room() > 0
-                && let Some(space) = children.take_gone()
-            {
-                batch.push(Event::Exit { space });
-            }
+    fn read_event(&self) -> Option<Event> {
+        // The own threads' faults may never end: the children have their turns.
+        const CHILDREN_FIRST: u64 = 8;
+        let turn = self.messages.load(Ordering::Relaxed);
+        if turn.is_multiple_of(CHILDREN_FIRST) {
+            self.read_child().or_else(|| self.read_space(SpaceId::OWN))
+        } else {
+            self.read_space(SpaceId::OWN).or_else(|| self.read_child())
         }
+    }
+
+    fn await_change(&self, target: PageRange, mover: PageRange) {
+        crate::changes::wait_until_reported(target, mover);
     }
 
     fn release(&self, space: SpaceId) {

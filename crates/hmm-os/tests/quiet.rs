@@ -1,6 +1,6 @@
 //! Whether a change of mappings is under way can be asked without reading it.
 
-use hmm_hal::{AddressSpace, EventBatch};
+use hmm_hal::AddressSpace;
 use hmm_os::{EngineThreads, LinuxSpace, OpenConfig};
 use hmm_types::{PAGE_SIZE, PageRange, VirtAddr};
 
@@ -36,12 +36,7 @@ fn a_space_is_quiet_until_something_changes_and_after_that_was_read() {
     while threads.run_on_root(|| space.is_quiet()) {
         std::thread::yield_now();
     }
-    threads.run_on_root(|| {
-        let mut batch = EventBatch::new();
-        while batch.is_empty() {
-            space.read_events(&mut batch);
-        }
-    });
+    threads.run_on_root(|| while space.read_event().is_none() {});
     assert_eq!(unmapper.join().expect("joins"), 0);
     assert!(threads.run_on_root(|| space.is_quiet()));
     assert!(range.bytes().get() >= PAGE_SIZE);

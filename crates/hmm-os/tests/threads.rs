@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::{Area, CONFIG, my_turn};
-use hmm_hal::{AddressSpace, Event, EventBatch, SpaceId};
+use hmm_hal::{AddressSpace, Event, SpaceId};
 use hmm_os::{EngineThreads, LinuxSpace, is_engine_thread};
 use hmm_types::{PageRange, VirtAddr};
 
@@ -93,12 +93,9 @@ fn descriptors_are_out_of_the_programs_reach() {
     };
     let stop: &'static AtomicBool = hmm_mem::leaked(AtomicBool::new(false));
     let server = threads.spawn("hmm-server", None, || {
-        let mut batch = EventBatch::new();
         while !stop.load(Ordering::Acquire) {
             space.wait(20);
-            batch.clear();
-            space.read_events(&mut batch);
-            for event in batch.iter() {
+            while let Some(event) = space.read_event() {
                 if let Event::Fault {
                     space: id, address, ..
                 } = event

@@ -201,6 +201,20 @@ impl SimSpace {
         Ok(state.queue.post(&mut state.rng, space, events))
     }
 
+    /// Whether the engine is about to drop pages at these addresses, whatever
+    /// is there by then: new memory would be hit (`docs/limits.md`).
+    #[must_use]
+    pub fn is_dropping(&self, range: PageRange) -> bool {
+        let dropping = &self.state().dropping;
+        dropping.iter().any(|dropped| dropped.overlaps(range))
+    }
+
+    /// The threads that have changed something and not said so yet do not get
+    /// to run for so many reads.
+    pub fn delay(&self, reads: u64) {
+        self.state().queue.delay(reads);
+    }
+
     /// The first half of MADV_DONTNEED: `None` when the kernel refuses, or
     /// what part can be dropped, with [`SimSpace::zap`], once the ticket's
     /// event has been read.

@@ -63,6 +63,9 @@ pub struct SimConfig {
     pub lose_devices: bool,
     /// Whether requests may name ranges that another thread is remapping.
     pub racy_requests: bool,
+    /// Whether threads change mappings all the time, and those of others that
+    /// they have come by.
+    pub restless: bool,
     /// What the engine is opened with.
     pub settings: Settings,
 }
@@ -119,6 +122,7 @@ impl SimConfig {
             // Without poison the engine has to end the process.
             lose_devices: faulty && poison && rng.one_in(4),
             racy_requests: false,
+            restless: rng.one_in(6),
             settings: Settings {
                 fault_granule: PageCount::new(1 << rng.below(6)),
                 device_granule: PageCount::new(1 << rng.below(8)),

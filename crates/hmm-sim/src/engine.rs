@@ -3,9 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
 
-use hmm_hal::{
-    AddressSpace, Device, DeviceFaultError, Event, EventBatch, Resolution, SpaceId, Stop,
-};
+use hmm_hal::{AddressSpace, Device, DeviceFaultError, Event, Resolution, SpaceId, Stop};
 use hmm_types::{Access, DeviceId, MemoryKind, PageRange, Permissions, VirtAddr};
 
 use crate::clock::SimClock;
@@ -136,9 +134,7 @@ impl EngineUnderTest for SystemOnly {
     }
 
     fn read(&self) {
-        let mut batch = EventBatch::new();
-        self.space.read_events(&mut batch);
-        for event in batch.iter() {
+        for event in std::iter::from_fn(|| self.space.read_event()) {
             match event {
                 Event::Fault { space, address, .. } => self.faults().push_back((space, address)),
                 Event::Remove { space, range } | Event::Unmap { space, range } => {

@@ -105,6 +105,18 @@ impl Oracle {
             .max()
     }
 
+    /// Whether nobody is changing the range; or only what was there before, and
+    /// whoever has it now does not know of them.
+    pub(crate) fn is_settled(&self, space: SpaceId, range: PageRange) -> bool {
+        match self.flux(space, range) {
+            None => true,
+            Some(Flux::Gone) => range
+                .iter_pages()
+                .all(|page| self.page(space, page).is_some()),
+            Some(Flux::Fading | Flux::Arriving) => false,
+        }
+    }
+
     /// Where a mapping has just been.
     pub(crate) fn left(&self, rng: &mut SimRng) -> Option<VirtAddr> {
         let going = |changing: &&Changing| changing.flux == Flux::Gone;

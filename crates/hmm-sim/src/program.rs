@@ -87,6 +87,13 @@ pub enum Op {
     Idle,
 }
 
+impl Op {
+    /// Whether the engine is called to start it.
+    pub(crate) const fn needs_engine(self) -> bool {
+        matches!(self, Self::Request(_) | Self::Fork)
+    }
+}
+
 /// Chooses what an actor does next.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Chooser<'a> {
@@ -120,7 +127,7 @@ impl Chooser<'_> {
         let Some(range) = self.range(rng, space) else {
             return self.map(rng);
         };
-        let steady = self.oracle.flux(space, range).is_none();
+        let steady = self.oracle.is_settled(space, range);
         let request = |request| {
             if steady || self.config.racy_requests {
                 Op::Request(request)
@@ -128,8 +135,17 @@ impl Chooser<'_> {
                 Op::Idle
             }
         };
-        // Two threads that change the same range at once are a broken program.
+        // Two threads that change the same range at once are a broken program;
+        // but one may have what another one has given up.
         let change = |op| if steady { op } else { Op::Idle };
+        if self.config.restless && rng.one_in(3) {
+            return change(match rng.below(6) {
+                0 => Op::Unmap(range),
+                1 => Op::MapOver(range),
+                2 => Op::DontNeed(range),
+                _ => self.remap(rng, range),
+            });
+        }
         match rng.below(100) {
             0..10 if mapped < MAX_MAPPED_PAGES => self.map(rng),
             10..14 => change(Op::Unmap(range)),
@@ -240,8 +256,13 @@ impl Chooser<'_> {
     fn page(&self, rng: &mut SimRng, space: SpaceId) -> Option<VirtAddr> {
         let pages = self.oracle.space(space)?;
         // Near a random place, so that each mapping has the same chance at its
-        // first pages, and accesses meet.
-        let from = ARENA_START.plus_pages(rng.below(ARENA_PAGES));
+        // first pages, and accesses meet. Or what has just changed hands.
+        let mut from = ARENA_START.plus_pages(rng.below(ARENA_PAGES));
+        if let Some(left) = self.oracle.left(rng)
+            && rng.one_in(4)
+        {
+            from = left;
+        }
         let (&page, _) = pages.range(from..).next().or_else(|| pages.iter().next())?;
         let ahead = page.plus_pages(rng.below(8));
         Some(if pages.contains_key(&ahead) {

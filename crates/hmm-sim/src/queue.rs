@@ -1,6 +1,6 @@
 //! Events that wait to be read, and threads that wait for pages.
 
-use hmm_hal::{Event, EventBatch, FaultKind, SpaceId};
+use hmm_hal::{Event, FaultKind, SpaceId};
 use hmm_types::{Access, PageRange, VirtAddr};
 
 use crate::rng::SimRng;
@@ -14,8 +14,11 @@ struct Waiting {
     ticket: Ticket,
     space: SpaceId,
     event: Event,
-    /// The kernel has changed the mappings, but not yet queued the message.
-    hidden: bool,
+    /// The kernel has changed the mappings, but the message is not queued
+    /// before so many reads: the thread may not get to run for a while.
+    late: u64,
+    /// Somebody has waited for it.
+    hurried: bool,
     /// The same thread's event before this one.
     after: Option<Ticket>,
 }
@@ -55,12 +58,24 @@ impl EventQueue {
                 ticket,
                 space,
                 event,
-                hidden: rng.one_in(4),
+                late: match rng.below(16) {
+                    0 => rng.below(32),
+                    1..4 => rng.below(4),
+                    _ => 0,
+                },
+                hurried: false,
                 after: last,
             });
             last = Some(ticket);
         }
         last
+    }
+
+    /// None of the events that there are now is found by the next reads.
+    pub(crate) fn delay(&mut self, reads: u64) {
+        for waiting in &mut self.events {
+            waiting.late = reads;
+        }
     }
 
     /// Whether an event has not been read yet.
@@ -116,65 +131,73 @@ impl EventQueue {
         self.events.retain(|waiting| waiting.space != space);
     }
 
-    /// Reads. Messages of different threads come in any order.
-    pub(crate) fn read(&mut self, rng: &mut SimRng, batch: &mut EventBatch) {
+    /// Reads. Messages of different threads come in any order; but those that
+    /// were waited for are in the queue before all that is queued later.
+    pub(crate) fn read(&mut self, rng: &mut SimRng) -> Option<Event> {
         for waiting in &mut self.events {
-            waiting.hidden &= rng.one_in(2);
+            waiting.late = waiting.late.saturating_sub(1);
         }
-        let mut faults: Vec<_> = (0..self.stopped.len())
-            .filter(|&index| !self.stopped[index].delivered)
-            .map(Err)
-            .collect();
-        let unread: Vec<_> = self.events.iter().map(|waiting| waiting.ticket).collect();
-        let ready = |waiting: &&Waiting| {
-            !waiting.hidden && waiting.after.is_none_or(|ticket| !unread.contains(&ticket))
+        // The kernel hands out faults first; the channel may reorder.
+        let fresh = |stopped: &&mut Stopped| !stopped.delivered;
+        let faults = self.stopped.iter_mut().filter(fresh).count();
+        let ready = self.ready_events();
+        let among = faults as u64 + if rng.one_in(2) { ready.len() as u64 } else { 0 };
+        if faults > 0 && rng.below(among) < faults as u64 {
+            let chosen = rng.index(faults);
+            let stopped = self.stopped.iter_mut().filter(fresh).nth(chosen)?;
+            stopped.delivered = true;
+            return Some(Event::Fault {
+                space: stopped.space,
+                address: stopped.address,
+                kind: stopped.kind,
+                access: stopped.access,
+                thread: stopped.thread,
+            });
+        }
+        let in_order = ready.is_empty() || self.is_forking() || rng.one_in(2);
+        let chosen = if in_order { 0 } else { rng.index(ready.len()) };
+        let at = *ready.get(chosen)?;
+        Some(self.events.remove(at).event)
+    }
+
+    /// The events that a read could find, by index.
+    fn ready_events(&self) -> Vec<usize> {
+        let ready = |waiting: &Waiting| {
+            waiting.late == 0 && waiting.after.is_none_or(|ticket| !self.is_unread(ticket))
         };
-        // The kernel hands out faults first; the channel may reorder. What a
-        // fork copied cannot be told when events overtake it, so they do not.
-        let forking = self
-            .events
+        let numbered = || self.events.iter().enumerate();
+        let hurried = |waiting: &Waiting| ready(waiting) && waiting.hurried;
+        if let Some((first, _)) = numbered().find(|(_, waiting)| hurried(waiting)) {
+            return vec![first];
+        }
+        // What a fork copied cannot be told when events overtake it, so they
+        // do not.
+        let forking = self.is_forking();
+        numbered()
+            .take_while(|(_, waiting)| !forking || ready(waiting))
+            .filter(|(_, waiting)| ready(waiting))
+            .map(|(index, _)| index)
+            .collect()
+    }
+
+    fn is_forking(&self) -> bool {
+        self.events
             .iter()
-            .any(|waiting| matches!(waiting.event, Event::Fork { .. }));
-        if forking {
-            faults.extend(
-                self.events
-                    .iter()
-                    .take_while(ready)
-                    .map(|waiting| Ok(waiting.ticket)),
-            );
-        } else {
-            faults.extend(
-                self.events
-                    .iter()
-                    .filter(ready)
-                    .map(|waiting| Ok(waiting.ticket)),
-            );
-            if rng.one_in(2) {
-                rng.shuffle(&mut faults);
-            }
-        }
-        let mut room = batch.room();
-        if rng.one_in(8) {
-            room = room.min(1);
-        }
-        for message in faults.into_iter().take(room) {
-            match message {
-                Err(index) => {
-                    let stopped = &mut self.stopped[index];
-                    stopped.delivered = true;
-                    batch.push(Event::Fault {
-                        space: stopped.space,
-                        address: stopped.address,
-                        kind: stopped.kind,
-                        access: stopped.access,
-                        thread: stopped.thread,
-                    });
-                }
-                Ok(ticket) => {
-                    if let Some(at) = self.events.iter().position(|w| w.ticket == ticket) {
-                        batch.push(self.events.remove(at).event);
-                    }
-                }
+            .any(|waiting| matches!(waiting.event, Event::Fork { .. }))
+    }
+
+    /// Whoever has taken something away from a range has said so before
+    /// anything else is said.
+    pub(crate) fn hurry(&mut self, range: PageRange, mover: PageRange) {
+        for waiting in &mut self.events {
+            let gone = match waiting.event {
+                Event::Unmap { range, .. } => range,
+                Event::Remap { from, .. } => from,
+                _ => continue,
+            };
+            if waiting.space == SpaceId::OWN && gone.overlaps(range) && gone != mover {
+                waiting.late = 0;
+                waiting.hurried = true;
             }
         }
     }

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use hmm_hal::{
-    AddressSpace, Capabilities, Event, EventBatch, Mapping, Presence, Progress, RegisterError,
-    SpaceError, SpaceId, StagingLayout, Stop,
+    AddressSpace, Capabilities, Event, Mapping, Presence, Progress, RegisterError, SpaceError,
+    SpaceId, StagingLayout, Stop,
 };
 use hmm_sync::{Mutex, MutexGuard, Rank};
 use hmm_types::{
@@ -48,6 +48,8 @@ pub(crate) struct State {
     pub rates: Rates,
     pub memories: BTreeMap<SpaceId, Memory>,
     pub queue: EventQueue,
+    /// What the engine is about to drop, by address.
+    pub dropping: Vec<PageRange>,
     pub again_left: u64,
     pub next_child: u16,
     pub next_pin: u64,
@@ -106,6 +108,7 @@ impl SimSpace {
                         rates: config.rates,
                         memories: BTreeMap::from([(SpaceId::OWN, own)]),
                         queue: EventQueue::default(),
+                        dropping: Vec::new(),
                         again_left: 0,
                         next_child: 1,
                         next_pin: 0,
@@ -444,6 +447,7 @@ impl AddressSpace for SimSpace {
             if vma.registered {
                 let ticket = {
                     let mut state = self.state();
+                    state.dropping.push(vma.range);
                     let State { queue, rng, .. } = &mut *state;
                     let space = SpaceId::OWN;
                     queue.post(
@@ -463,6 +467,9 @@ impl AddressSpace for SimSpace {
             let mut state = self.state();
             all_there &= state.own().covered(vma.range);
             state.own().zap(vma.range);
+            if let Some(done) = state.dropping.iter().position(|&r| r == vma.range) {
+                state.dropping.remove(done);
+            }
         }
         if all_there {
             Ok(())
@@ -514,10 +521,20 @@ impl AddressSpace for SimSpace {
         true
     }
 
-    fn read_events(&self, batch: &mut EventBatch) {
-        let mut state = self.state();
-        let State { queue, rng, .. } = &mut *state;
-        queue.read(rng, batch);
+    fn read_event(&self) -> Option<Event> {
+        let event = {
+            let mut state = self.state();
+            let State { queue, rng, .. } = &mut *state;
+            queue.read(rng)
+        };
+        if event.is_some() {
+            self.hook(HookPoint::Read);
+        }
+        event
+    }
+
+    fn await_change(&self, target: PageRange, mover: PageRange) {
+        self.state().queue.hurry(target, mover);
     }
 
     fn release(&self, space: SpaceId) {

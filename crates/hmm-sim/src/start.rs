@@ -4,6 +4,7 @@ use hmm_hal::SpaceId;
 use hmm_types::{DeviceId, PageRange};
 
 use crate::actor::{Kind, Task, Then, Touching};
+use crate::calls::MapRequest;
 use crate::engine::EngineUnderTest;
 use crate::oracle::Flux;
 use crate::program::Op;
@@ -26,6 +27,11 @@ impl<E: EngineUnderTest> World<E> {
                     scene.begun[index] = scene.epoch;
                 }
                 Task::Access(address, action)
+            }
+            Op::Map(MapRequest { range, .. }) | Op::MapOver(range) | Op::Remap(_, range)
+                if self.space.is_dropping(range) =>
+            {
+                Task::Idle
             }
             Op::Map(request) => {
                 self.space.mmap(request);

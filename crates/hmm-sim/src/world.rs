@@ -286,18 +286,21 @@ impl<E: EngineUnderTest> World<E> {
             1 => {
                 self.engine().work();
             }
-            _ => self.act(),
+            _ => self.act(false),
         }
     }
 
-    /// An actor's turn.
-    fn act(&self) {
+    /// An actor's turn; with `only_kernel` it does what needs no engine.
+    fn act(&self, only_kernel: bool) {
         let depth = self.space.depth();
         let (index, kind, task, op) = {
             let mut guard = self.scene();
             let scene = &mut *guard;
             let index = scene.rng.index(scene.actors.len());
             let Actor { kind, task } = scene.actors[index];
+            if only_kernel && matches!(kind, Kind::Device(_)) {
+                return;
+            }
             let op = match task {
                 Task::Running | Task::Gone => return,
                 Task::Idle if scene.closing || scene.report.ops >= self.config.ops => return,
@@ -308,7 +311,7 @@ impl<E: EngineUnderTest> World<E> {
                         kind,
                     };
                     let op = chooser.choose(&mut scene.rng);
-                    if op == Op::Idle {
+                    if op == Op::Idle || only_kernel && op.needs_engine() {
                         return;
                     }
                     scene.report.ops += 1;
@@ -335,6 +338,11 @@ impl<E: EngineUnderTest> World<E> {
             return;
         }
         let depth = self.space.depth();
+        if point == HookPoint::Read {
+            let steps = self.scene().rng.below(MAX_NESTED_STEPS);
+            (0..steps).for_each(|_| self.act(true));
+            return;
+        }
         let steps = {
             let mut scene = self.scene();
             // Loops that wait run others only when they are not nested: else

@@ -1,6 +1,6 @@
 //! The simulated kernel and device keep to the rules of the real ones.
 
-use hmm_hal::{AddressSpace, Device, DeviceError, Event, EventBatch, SpaceId, Stop, Transfer};
+use hmm_hal::{AddressSpace, Device, DeviceError, Event, SpaceId, Stop, Transfer};
 use hmm_sim::{
     ARENA_START, MapRequest, Rates, SIM_PAGE_BYTES, SimConfig, SimDevice, SimSpace, Touch,
 };
@@ -43,9 +43,7 @@ fn write(space: &SimSpace, page: VirtAddr, value: u8) -> Touch {
 fn read_all(space: &SimSpace) -> Vec<Event> {
     let mut all = Vec::new();
     while space.has_unread() {
-        let mut batch = EventBatch::new();
-        space.read_events(&mut batch);
-        all.extend(batch.iter());
+        all.extend(space.read_event());
     }
     all
 }

@@ -72,10 +72,9 @@ pub(crate) fn handle(host: &'static Host, bounce: &Pages, number: usize) {
             Wakeup::Interrupted | Wakeup::TimedOut => {}
         }
         heartbeat.beat();
-        if host.engine.pump(&mut executor) > 0 {
-            host.engine.serve(&mut executor);
-            let faulters = executor.faulters();
-            host.rota.served(number, faulters, &host.handler_cpus);
+        if host.engine.pump(&mut executor) && host.engine.serve(&mut executor) > 0 {
+            let faulter = executor.faulter();
+            host.rota.served(number, faulter, &host.handler_cpus);
         }
         heartbeat.beat();
         if host.engine.owes_children() {

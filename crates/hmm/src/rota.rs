@@ -8,7 +8,7 @@
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use hmm_core::{Faulters, Relief};
+use hmm_core::Relief;
 use hmm_sync::{Condvar, Mutex, Rank};
 
 const ALL: usize = usize::MAX;
@@ -72,13 +72,12 @@ impl Rota {
         self.called.notify_all();
     }
 
-    /// A handler has served what these threads had faulted. `cpus` are where
-    /// the handlers are, in order.
-    pub(crate) fn served(&self, number: usize, faulters: Faulters, cpus: &[usize]) {
-        let thread = match faulters {
-            Faulters::Nobody => return,
-            Faulters::One(thread) => thread,
-            Faulters::Several => return self.call_all(),
+    /// A handler has served faults, the last of them this thread's. `cpus` are
+    /// where the handlers are, in order.
+    pub(crate) fn served(&self, number: usize, faulter: Option<u32>, cpus: &[usize]) {
+        // An old kernel does not say who faults.
+        let Some(thread) = faulter.filter(|&thread| thread != 0) else {
+            return self.call_all();
         };
         if self.thread.load(Ordering::Relaxed) != thread {
             self.thread.store(thread, Ordering::Relaxed);
@@ -120,25 +119,23 @@ mod tests {
         let nobody: [usize; 0] = [];
         for _ in 0..=ENOUGH {
             assert!(rota.is_on_duty(0) && rota.is_on_duty(1));
-            rota.served(1, Faulters::One(7), &nobody);
+            rota.served(1, Some(7), &nobody);
         }
         assert!(!rota.is_on_duty(0) && rota.is_on_duty(1));
-        rota.served(1, Faulters::Nobody, &nobody);
-        assert!(!rota.is_on_duty(0));
         // One after the other is one at a time; one and the other is not.
-        rota.served(1, Faulters::One(8), &nobody);
+        rota.served(1, Some(8), &nobody);
         assert!(!rota.is_on_duty(0));
-        rota.served(1, Faulters::One(7), &nobody);
+        rota.served(1, Some(7), &nobody);
         assert!(rota.is_on_duty(0) && rota.is_on_duty(1));
     }
 
     #[test]
-    fn several_threads_and_long_faults_call_everybody() {
+    fn unknown_threads_and_long_faults_call_everybody() {
         let rota = Rota::new();
-        let calm = || (0..=ENOUGH).for_each(|_| rota.served(0, Faulters::One(7), &[]));
+        let calm = || (0..=ENOUGH).for_each(|_| rota.served(0, Some(7), &[]));
         calm();
         assert!(!rota.is_on_duty(1));
-        rota.served(0, Faulters::Several, &[]);
+        rota.served(0, None, &[]);
         assert!(rota.is_on_duty(1));
         calm();
         assert!(!rota.is_on_duty(1));

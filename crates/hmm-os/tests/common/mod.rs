@@ -4,7 +4,7 @@
 use std::ptr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use hmm_hal::{AddressSpace, Event, EventBatch, Presence, Progress, Stop};
+use hmm_hal::{AddressSpace, Event, Presence, Progress, Stop};
 use hmm_os::{Disable, LinuxSpace, OpenConfig, StagingConfig, Wakeup};
 use hmm_types::{BLOCK_SIZE, PageCount, PageRange, VirtAddr};
 
@@ -70,12 +70,11 @@ impl Fixture {
 
     /// Waits for the next events and reads them.
     pub fn next_events(&self) -> Vec<Event> {
-        let mut batch = EventBatch::new();
         for _ in 0..100 {
             if self.space.wait(100) == Wakeup::Events {
-                self.space.read_events(&mut batch);
-                if !batch.is_empty() {
-                    return batch.iter().collect();
+                let events: Vec<_> = std::iter::from_fn(|| self.space.read_event()).collect();
+                if !events.is_empty() {
+                    return events;
                 }
             }
         }
