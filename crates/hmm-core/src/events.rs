@@ -56,6 +56,7 @@ impl Engine<'_> {
             Some(event) => {
                 self.apply(&mut map, event);
                 self.end_waiting(&mut map);
+                self.wake_stopped(&mut map);
             }
         }
         true

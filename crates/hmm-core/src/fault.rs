@@ -26,14 +26,14 @@ enum Found {
 }
 
 impl Engine<'_> {
-    /// Serves the faults that this executor has read. Returns how many.
-    pub fn serve(&self, executor: &mut Executor) -> usize {
-        let mut served = 0;
-        while let Some(fault) = executor.next_fault() {
-            self.serve_fault(executor, fault);
-            served += 1;
-        }
-        served
+    /// Serves one of the faults that this executor has read; meanwhile it may
+    /// read more. False when there is none.
+    pub fn serve(&self, executor: &mut Executor) -> bool {
+        let Some(fault) = executor.next_fault() else {
+            return false;
+        };
+        self.serve_fault(executor, fault);
+        true
     }
 
     fn serve_fault(&self, executor: &mut Executor, fault: QueuedFault) {

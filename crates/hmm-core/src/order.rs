@@ -39,6 +39,8 @@ pub(crate) struct Order {
     /// Remaps whose target something else still has, and what happened to the
     /// target afterwards.
     waiting: Vec<Event>,
+    /// Pages whose faults were read along with what was looked for.
+    stopped: Vec<(SpaceId, PageRange)>,
 }
 
 impl Order {
@@ -47,6 +49,7 @@ impl Order {
             left: hmm_mem::vec(),
             reached: hmm_mem::vec(),
             waiting: hmm_mem::vec(),
+            stopped: hmm_mem::vec(),
         }
     }
 
@@ -153,7 +156,10 @@ impl Engine<'_> {
         while !map.order.waiting.is_empty() {
             if !self.space.is_quiet() {
                 if let Some((from, target)) = map.order.awaited() {
-                    self.space.await_change(target, from);
+                    self.stats.overtaken_events.fetch_add(1, Relaxed);
+                    if !self.space.await_change(target, from) {
+                        self.stats.overtaken_not_found.fetch_add(1, Relaxed);
+                    }
                 }
                 self.read_more(map);
                 continue;
@@ -170,16 +176,24 @@ impl Engine<'_> {
         self.unsettled.store(!map.order.is_settled(), Relaxed);
     }
 
-    /// Reads and applies an event with the gate held. Faults are not for now:
-    /// the threads look again.
+    /// Reads and applies an event with the gate held. Faults are not for now.
+    /// Their threads look again, but not before [`Engine::wake_stopped`]: the
+    /// kernel hands out faults first, and would have nothing else to hand out.
     pub(crate) fn read_more(&self, map: &mut SpaceMap) {
         match self.space.read_event() {
             None => {}
             Some(Event::Fault { space, address, .. }) => {
                 let page = PageRange::from_pages(address.page_floor(), PageCount::ONE);
-                self.space.wake(space, page);
+                map.order.stopped.push((space, page));
             }
             Some(event) => self.apply(map, event),
+        }
+    }
+
+    /// Has those look again whose faults [`Engine::read_more`] has met.
+    pub(crate) fn wake_stopped(&self, map: &mut SpaceMap) {
+        for (space, page) in map.order.stopped.drain(..) {
+            self.space.wake(space, page);
         }
     }
 

@@ -138,6 +138,10 @@ statistics! {
     structural_events,
     /// Times an operation waited for an event to be read first.
     again_retries,
+    /// Slower: events that were waited for, as a later change was known first.
+    overtaken_events,
+    /// Weaker: of these, those whose thread was not found.
+    overtaken_not_found,
     /// Slower: pages placed by copying, as staging had no page ready.
     staging_dry,
     /// Slower: pages that left by write-protect, copy and drop.

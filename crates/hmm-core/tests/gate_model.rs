@@ -280,7 +280,9 @@ impl AddressSpace for Space {
         Some(event)
     }
 
-    fn await_change(&self, _: PageRange, _: PageRange) {}
+    fn await_change(&self, _: PageRange, _: PageRange) -> bool {
+        unreachable!("nothing is remapped here")
+    }
 
     fn is_quiet(&self) -> bool {
         self.0.lock().unwrap().unread_changes == 0
@@ -453,7 +455,7 @@ fn model() {
                 let mut executor = Executor::handler(bounce(number));
                 while !stop.load(std::sync::atomic::Ordering::SeqCst) {
                     engine.pump(&mut executor);
-                    engine.serve(&mut executor);
+                    while engine.serve(&mut executor) {}
                     thread::yield_now();
                 }
             })

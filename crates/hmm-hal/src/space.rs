@@ -234,9 +234,10 @@ pub trait AddressSpace: Sync {
     /// Called with the gate held by whoever has read that `mover` was remapped
     /// to `target`, which according to the events was not free: a thread that
     /// has taken something away from there is about to say so. Waits until its
-    /// event is in the queue, a bounded time. As long as nothing else is read,
-    /// the thread that remapped cannot go on and change its memory again.
-    fn await_change(&self, target: PageRange, mover: PageRange);
+    /// event is in the queue, a bounded time; false when it was not found. As
+    /// long as nothing else is read, the thread that remapped cannot go on and
+    /// change its memory again.
+    fn await_change(&self, target: PageRange, mover: PageRange) -> bool;
 
     /// Whether every change of the own space's mappings that has begun was also
     /// read as an event.

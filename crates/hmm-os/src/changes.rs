@@ -27,16 +27,17 @@ const BETWEEN_LOOKS: Duration = Duration::from_micros(50);
 
 /// Waits until a thread that has taken something away from `target` sleeps
 /// until its event is read. The one that has remapped `mover` is not meant.
-pub(crate) fn wait_until_reported(target: PageRange, mover: PageRange) {
+/// False when there was none for a while.
+pub(crate) fn wait_until_reported(target: PageRange, mover: PageRange) -> bool {
     let start = Instant::now();
     loop {
         let patience = match is_reported(target, mover) {
-            Ok(true) => return,
+            Ok(true) => return true,
             Ok(false) => PATIENCE,
             Err(_) => BLIND_PATIENCE,
         };
         if start.elapsed() > patience {
-            return;
+            return false;
         }
         std::thread::sleep(BETWEEN_LOOKS);
     }

@@ -488,8 +488,8 @@ impl AddressSpace for LinuxSpace {
         }
     }
 
-    fn await_change(&self, target: PageRange, mover: PageRange) {
-        crate::changes::wait_until_reported(target, mover);
+    fn await_change(&self, target: PageRange, mover: PageRange) -> bool {
+        crate::changes::wait_until_reported(target, mover)
     }
 
     fn release(&self, space: SpaceId) {

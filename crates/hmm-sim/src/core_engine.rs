@@ -123,9 +123,11 @@ impl EngineUnderTest for CoreEngine {
         let free = self.handlers.free().len();
         let mut served = 0;
         for _ in 0..free {
-            served += self
-                .handlers
-                .with(self, |handler| self.engine.serve(handler));
+            self.handlers.with(self, |handler| {
+                while self.engine.serve(handler) {
+                    served += 1;
+                }
+            });
         }
         let turn = self.turns.fetch_add(1, Ordering::Relaxed);
         let owes = self.engine.owes_children();

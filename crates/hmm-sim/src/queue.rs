@@ -187,8 +187,9 @@ impl EventQueue {
     }
 
     /// Whoever has taken something away from a range has said so before
-    /// anything else is said.
-    pub(crate) fn hurry(&mut self, range: PageRange, mover: PageRange) {
+    /// anything else is said. False when there is nobody.
+    pub(crate) fn hurry(&mut self, range: PageRange, mover: PageRange) -> bool {
+        let mut found = false;
         for waiting in &mut self.events {
             let gone = match waiting.event {
                 Event::Unmap { range, .. } => range,
@@ -198,8 +199,10 @@ impl EventQueue {
             if waiting.space == SpaceId::OWN && gone.overlaps(range) && gone != mover {
                 waiting.late = 0;
                 waiting.hurried = true;
+                found = true;
             }
         }
+        found
     }
 
     /// Whether something waits to be read.

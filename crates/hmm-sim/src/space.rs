@@ -533,8 +533,8 @@ impl AddressSpace for SimSpace {
         event
     }
 
-    fn await_change(&self, target: PageRange, mover: PageRange) {
-        self.state().queue.hurry(target, mover);
+    fn await_change(&self, target: PageRange, mover: PageRange) -> bool {
+        self.state().queue.hurry(target, mover)
     }
 
     fn release(&self, space: SpaceId) {

@@ -43,7 +43,16 @@ impl Heartbeat {
         Self(AtomicU64::new(0))
     }
 
-    fn beat(&self) {
+    fn begin(&self) {
+        self.0.fetch_add(1, Ordering::Release);
+    }
+
+    /// Another fault is served, but there are more.
+    fn go_on(&self) {
+        self.0.fetch_add(2, Ordering::Release);
+    }
+
+    fn end(&self) {
         self.0.fetch_add(1, Ordering::Release);
     }
 }
@@ -71,12 +80,14 @@ pub(crate) fn handle(host: &'static Host, bounce: &Pages, number: usize) {
             Wakeup::Interrupted | Wakeup::TimedOut if host.is_stopping() => return,
             Wakeup::Interrupted | Wakeup::TimedOut => {}
         }
-        heartbeat.beat();
-        if host.engine.pump(&mut executor) && host.engine.serve(&mut executor) > 0 {
+        heartbeat.begin();
+        host.engine.pump(&mut executor);
+        while host.engine.serve(&mut executor) {
+            heartbeat.go_on();
             let faulter = executor.faulter();
             host.rota.served(number, faulter, &host.handler_cpus);
         }
-        heartbeat.beat();
+        heartbeat.end();
         if host.engine.owes_children() {
             host.jobs.nudge();
         }
@@ -134,7 +145,7 @@ pub(crate) fn watch(host: &'static Host) {
                 host.rota.call_all();
                 if *looks >= WATCH_PATIENCE {
                     hmm_os::die(
-                        "a handler thread has served one batch of faults for half a minute: a \
+                        "a handler thread has served one fault for half a minute: a \
                          device or the kernel does not answer; the process ends now, as threads \
                          that wait for pages would hang for ever",
                     );
