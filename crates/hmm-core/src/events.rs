@@ -45,13 +45,13 @@ impl Engine<'_> {
                 ..
             }) => {
                 drop(map);
-                let fault = QueuedFault {
+                executor.queue(QueuedFault {
                     space,
                     address,
                     kind,
+                    thread,
                     read_at_ns: self.clock.now_ns(),
-                };
-                executor.queue(fault, thread);
+                });
             }
             Some(event) => {
                 self.apply(&mut map, event);

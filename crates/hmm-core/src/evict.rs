@@ -9,10 +9,11 @@ use crate::executor::Executor;
 use crate::home::Home;
 use crate::page::PageState;
 
-/// Sweeps without any gain before everything is given up, and how long they
-/// last at least: whoever has a page in flight may wait for a processor.
-const SWEEPS: u32 = 1024;
+/// How long sweeps go on without any gain: whoever has a page in flight may
+/// wait for a processor.
 const SWEEP_PATIENCE_NS: u64 = 30_000_000_000;
+/// The same in sweeps, where nobody sleeps.
+const SWEEPS: u32 = 1024;
 
 impl Engine<'_> {
     /// Evicts the block that the device has not used for longest, unless it
@@ -79,7 +80,7 @@ impl Engine<'_> {
     }
 
     fn bring_all(&self, executor: &mut Executor, only: Option<DeviceId>, home: Home) -> bool {
-        let mut rounds = 0;
+        let mut sweeps = 0;
         let mut since = self.clock.now_ns();
         loop {
             let (moved, stuck) = self.sweep_home(executor, home);
@@ -88,18 +89,21 @@ impl Engine<'_> {
             if !self.has_pages_away(only) {
                 return true;
             }
+            let now = self.clock.now_ns();
             if moved > 0 {
-                rounds = 0;
-                since = self.clock.now_ns();
-            } else if stuck {
+                (sweeps, since) = (0, now);
+            } else if stuck && !home.leaves_nothing() {
                 return false;
             }
-            // Others have the pages, and may not have run for a while.
-            let patient = self.clock.now_ns().saturating_sub(since) < SWEEP_PATIENCE_NS;
-            if rounds == SWEEPS && !(patient && self.space.may_sleep()) {
+            let patient = if self.space.may_sleep() {
+                now.saturating_sub(since) < SWEEP_PATIENCE_NS
+            } else {
+                sweeps < SWEEPS
+            };
+            if !patient {
                 return false;
             }
-            rounds = SWEEPS.min(rounds + 1);
+            sweeps += 1;
             self.wait_for_transition();
         }
     }

@@ -14,6 +14,7 @@ pub(crate) struct QueuedFault {
     pub(crate) space: SpaceId,
     pub(crate) address: VirtAddr,
     pub(crate) kind: FaultKind,
+    pub(crate) thread: u32,
     pub(crate) read_at_ns: u64,
 }
 
@@ -29,16 +30,14 @@ impl FaultQueue {
     const CAPACITY: usize = 64;
 }
 
-/// A thread's own place to work: bounce memory, and the faults it has
-/// read but not served. One for each thread that calls the
-/// engine; nothing in it is shared.
+/// A thread's own place to work: bounce memory, and the faults it has read but
+/// not served. One for each thread that calls the engine; nothing in it is
+/// shared.
 #[derive(Debug)]
 pub struct Executor {
     bounce: VirtAddr,
     reads_events: bool,
     queue: FaultQueue,
-    /// Whose fault was read last.
-    faulter: Option<u32>,
     relief: Option<&'static dyn Relief>,
 }
 
@@ -74,7 +73,6 @@ impl Executor {
                 head: 0,
                 len: 0,
             },
-            faulter: None,
             relief: None,
         }
     }
@@ -84,12 +82,6 @@ impl Executor {
     pub const fn relieved_by(mut self, relief: &'static dyn Relief) -> Self {
         self.relief = Some(relief);
         self
-    }
-
-    /// The thread whose fault was read last; 0 where the kernel does not tell.
-    #[must_use]
-    pub const fn faulter(&self) -> Option<u32> {
-        self.faulter
     }
 
     pub(crate) fn takes_long(&self) {
@@ -116,7 +108,7 @@ impl Executor {
         self.queue.len < FaultQueue::CAPACITY
     }
 
-    pub(crate) const fn queue(&mut self, fault: QueuedFault, thread: u32) {
+    pub(crate) const fn queue(&mut self, fault: QueuedFault) {
         assert!(
             self.queue.len < FaultQueue::CAPACITY,
             "more faults read than fit"
@@ -124,7 +116,6 @@ impl Executor {
         let at = (self.queue.head + self.queue.len) % FaultQueue::CAPACITY;
         self.queue.slots[at] = Some(fault);
         self.queue.len += 1;
-        self.faulter = Some(thread);
     }
 
     pub(crate) const fn next_fault(&mut self) -> Option<QueuedFault> {

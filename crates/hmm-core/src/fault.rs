@@ -27,13 +27,12 @@ enum Found {
 
 impl Engine<'_> {
     /// Serves one of the faults that this executor has read; meanwhile it may
-    /// read more. False when there is none.
-    pub fn serve(&self, executor: &mut Executor) -> bool {
-        let Some(fault) = executor.next_fault() else {
-            return false;
-        };
+    /// read more. Returns whose it was: the kernel's number of the thread, 0
+    /// where it does not tell. `None` when there is no fault.
+    pub fn serve(&self, executor: &mut Executor) -> Option<u32> {
+        let fault = executor.next_fault()?;
         self.serve_fault(executor, fault);
-        true
+        Some(fault.thread)
     }
 
     fn serve_fault(&self, executor: &mut Executor, fault: QueuedFault) {

@@ -89,6 +89,11 @@ impl Home {
         }
     }
 
+    /// Whether what a device cannot give is not left there.
+    pub(crate) const fn leaves_nothing(self) -> bool {
+        matches!(self.poisons, Poisons::Everything)
+    }
+
     /// Only pages on one device, if one is given.
     pub(crate) const fn only(self, only: Option<DeviceId>) -> Self {
         Self { only, ..self }

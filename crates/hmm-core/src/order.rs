@@ -13,8 +13,10 @@
 //!
 //! Taken at its word, the UNMAP would throw away what thread 2 has moved to A.
 //! So a remap waits until its target is free, and the UNMAP that follows a
-//! remap spares what has arrived meanwhile. All of this is forgotten as soon as
-//! no change is under way. Until then the kernel lets nothing be committed, so
+//! remap spares what has arrived meanwhile. While it waits nothing is read before
+//! the thread that keeps the target has queued its event: thread 2 must not go
+//! on and change A again, which would be taken for thread 1's A. All of this is
+//! forgotten as soon as no change is under way. Until then the kernel lets nothing be committed, so
 //! nobody sees what is not settled yet.
 
 use std::sync::atomic::Ordering::Relaxed;
@@ -153,9 +155,15 @@ impl Engine<'_> {
     /// Reads on until nothing waits. Whoever keeps a remap's target is between
     /// the kernel's lock and its event, and needs no lock of the engine's.
     pub(crate) fn end_waiting(&self, map: &mut SpaceMap) {
+        let mut asked = None;
         while !map.order.waiting.is_empty() {
             if !self.space.is_quiet() {
-                if let Some((from, target)) = map.order.awaited() {
+                let awaited = map.order.awaited();
+                // Once for each: what was seen is in the queue from then on.
+                if let Some((from, target)) = awaited
+                    && asked != awaited
+                {
+                    asked = awaited;
                     self.stats.overtaken_events.fetch_add(1, Relaxed);
                     if !self.space.await_change(target, from) {
                         self.stats.overtaken_not_found.fetch_add(1, Relaxed);

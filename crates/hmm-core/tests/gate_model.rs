@@ -455,7 +455,7 @@ fn model() {
                 let mut executor = Executor::handler(bounce(number));
                 while !stop.load(std::sync::atomic::Ordering::SeqCst) {
                     engine.pump(&mut executor);
-                    while engine.serve(&mut executor) {}
+                    while engine.serve(&mut executor).is_some() {}
                     thread::yield_now();
                 }
             })

@@ -6,16 +6,13 @@
 //! what /proc/self/task/*/syscall tells: the call and its arguments, or
 //! "running".
 
-use std::ffi::CStr;
-use std::io::Write;
-use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use hmm_types::{PageRange, VirtAddr};
-use rustix::fs::{Mode, OFlags, RawDir, open};
-use rustix::io::Result;
+use rustix::io::{Errno, Result};
 
+use crate::tasks::{Tasks, open_file};
 use crate::text::{Lines, decimal, hex};
 
 /// A thread that is not found for so long does not come. It may have used a
@@ -44,20 +41,10 @@ pub(crate) fn wait_until_reported(target: PageRange, mover: PageRange) -> bool {
 }
 
 fn is_reported(target: PageRange, mover: PageRange) -> Result<bool> {
-    let flags = OFlags::CLOEXEC | OFlags::RDONLY | OFlags::DIRECTORY;
-    let tasks = open(c"/proc/self/task", flags, Mode::empty())?;
-    let mut buffer = [MaybeUninit::<u8>::uninit(); 2048];
-    let mut entries = RawDir::new(tasks.as_fd(), &mut buffer);
-    while let Some(entry) = entries.next() {
-        let entry = entry?;
-        let Some((thread, [])) = decimal(entry.file_name().to_bytes()) else {
-            continue;
-        };
-        if call_of(thread)?.is_some_and(|call| call.takes_from(target, mover)) {
-            return Ok(true);
-        }
-    }
-    Ok(false)
+    Tasks::open()?.any(|thread| {
+        let call = call_of(thread)?;
+        Ok(call.is_some_and(|call| call.takes_from(target, mover)))
+    })
 }
 
 /// A system call in which a thread sleeps.
@@ -68,20 +55,13 @@ struct Call {
 }
 
 /// `None` for a thread that runs, sleeps outside of a call, or has ended.
-fn call_of(thread: u64) -> Result<Option<Call>> {
-    let mut path = [0u8; 48];
-    let written = write!(&mut path[..], "/proc/self/task/{thread}/syscall\0");
-    let (Ok(()), Ok(path)) = (written, CStr::from_bytes_until_nul(&path)) else {
+fn call_of(thread: u32) -> Result<Option<Call>> {
+    let Some(file) = open_file(thread, "syscall")? else {
         return Ok(None);
-    };
-    let file = match open(path, OFlags::CLOEXEC | OFlags::RDONLY, Mode::empty()) {
-        Ok(file) => file,
-        Err(rustix::io::Errno::NOENT | rustix::io::Errno::SRCH) => return Ok(None),
-        Err(error) => return Err(error),
     };
     match Lines::new(file.as_fd()).next() {
         Ok(line) => Ok(line.and_then(parse)),
-        Err(rustix::io::Errno::SRCH) => Ok(None),
+        Err(Errno::SRCH) => Ok(None),
         Err(error) => Err(error),
     }
 }
@@ -173,14 +153,14 @@ mod tests {
             (thread, pipe)
         });
         let (gone, pipe) = sleeper.join().unwrap();
-        assert_eq!(call_of(u64::from(gone.cast_unsigned())).unwrap(), None);
+        assert_eq!(call_of(gone.cast_unsigned()).unwrap(), None);
         let (to, from) = std::sync::mpsc::channel();
         let sleeper = std::thread::spawn(move || {
             to.send(rustix::thread::gettid().as_raw_nonzero().get())
                 .unwrap();
             let _ = rustix::io::read(&pipe, &mut [0u8; 1]);
         });
-        let thread = u64::from(from.recv().unwrap().cast_unsigned());
+        let thread = from.recv().unwrap().cast_unsigned();
         let end = Instant::now() + Duration::from_secs(10);
         while call_of(thread)
             .unwrap()

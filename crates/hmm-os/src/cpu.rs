@@ -1,11 +1,8 @@
 //! Processors.
 
-use std::ffi::CStr;
-use std::io::Write;
 use std::os::fd::AsFd;
 
-use rustix::fs::{Mode, OFlags, open};
-
+use crate::tasks::open_file;
 use crate::text::{Lines, decimal};
 
 /// The processor that a thread of this process runs on, or ran on last; `None`
@@ -14,10 +11,7 @@ use crate::text::{Lines, decimal};
 pub fn cpu_of_thread(thread: u32) -> Option<usize> {
     /// Of what follows the name in parentheses, proc(5) counts it as field 39.
     const PROCESSOR: usize = 39 - 3;
-    let mut path = [0u8; 40];
-    write!(&mut path[..], "/proc/self/task/{thread}/stat\0").ok()?;
-    let path = CStr::from_bytes_until_nul(&path).ok()?;
-    let file = open(path, OFlags::CLOEXEC | OFlags::RDONLY, Mode::empty()).ok()?;
+    let file = open_file(thread, "stat").ok()??;
     let mut lines = Lines::new(file.as_fd());
     let line = lines.next().ok()??;
     let name_end = line.iter().rposition(|&byte| byte == b')')?;

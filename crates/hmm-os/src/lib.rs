@@ -36,6 +36,7 @@ mod refusal;
 mod region;
 mod space;
 mod staging;
+mod tasks;
 mod text;
 mod thread;
 mod thread_memory;

@@ -9,14 +9,12 @@
 //! which lies in the thread's control block. Around that lie the rseq area and
 //! the thread's number, and below it, in the same mapping, the stack.
 
-use std::os::fd::{AsFd, OwnedFd};
-
 use hmm_mem::Vec;
 use hmm_types::{PageRange, VirtAddr};
-use rustix::fs::{Mode, OFlags, RawDir, SeekFrom, open, seek};
 use rustix::io::Result;
 
 use crate::map::Map;
+use crate::tasks::Tasks;
 
 /// The thread's number lies so close before the robust list's head, at most.
 const BEFORE_HEAD: u64 = 64;
@@ -30,7 +28,7 @@ const AT_RSEQ_FEATURE_SIZE: u64 = 27;
 /// Finds the memory of the process's threads.
 #[derive(Debug)]
 pub(crate) struct ThreadMemory {
-    tasks: OwnedFd,
+    tasks: Tasks,
     pid: u32,
     /// From the robust list's head to the rseq area, where there is one.
     rseq: Option<i64>,
@@ -38,10 +36,8 @@ pub(crate) struct ThreadMemory {
 
 impl ThreadMemory {
     pub(crate) fn open() -> Result<Self> {
-        let flags = OFlags::CLOEXEC | OFlags::RDONLY | OFlags::DIRECTORY;
-        let tasks = open(c"/proc/self/task", flags, Mode::empty())?;
         Ok(Self {
-            tasks,
+            tasks: Tasks::open()?,
             pid: std::process::id(),
             rseq: rseq_from_head(),
         })
@@ -50,16 +46,10 @@ impl ThreadMemory {
     /// All of it, in no order.
     pub(crate) fn find(&self, map: &Map) -> Result<Vec<PageRange>> {
         let mut found = hmm_mem::vec();
-        seek(&self.tasks, SeekFrom::Start(0))?;
-        let mut buffer = [std::mem::MaybeUninit::<u8>::uninit(); 2048];
-        let mut entries = RawDir::new(self.tasks.as_fd(), &mut buffer);
-        while let Some(entry) = entries.next() {
-            let name = entry?;
-            let Some(thread) = number(name.file_name().to_bytes()) else {
-                continue;
-            };
+        self.tasks.any(|thread| {
             self.of_thread(thread, map, &mut found)?;
-        }
+            Ok(false)
+        })?;
         found.extend(mapping_at(map, main_stack())?);
         Ok(found)
     }
@@ -96,10 +86,6 @@ fn mapping_at(map: &Map, address: u64) -> Result<Option<PageRange>> {
     let mut found = None;
     map.visit(page, &mut |vma| found = Some(vma.range))?;
     Ok(found)
-}
-
-fn number(name: &[u8]) -> Option<u32> {
-    std::str::from_utf8(name).ok()?.parse().ok()
 }
 
 /// Where a thread's robust list begins; `None` when it has none, or is gone.

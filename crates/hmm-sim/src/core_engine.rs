@@ -124,7 +124,7 @@ impl EngineUnderTest for CoreEngine {
         let mut served = 0;
         for _ in 0..free {
             self.handlers.with(self, |handler| {
-                while self.engine.serve(handler) {
+                while self.engine.serve(handler).is_some() {
                     served += 1;
                 }
             });

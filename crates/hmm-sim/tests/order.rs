@@ -142,3 +142,32 @@ fn memory_that_changed_hands_moves_on() {
 fn memory_that_changed_hands_is_dropped() {
     changes_hands(|space, range| space.dontneed(SpaceId::OWN, range)?.1);
 }
+
+/// Everything comes home before a fork that is not reported; meanwhile memory
+/// is remapped to where that has been looked for already.
+#[test]
+fn what_is_remapped_behind_the_sweep_comes_home_too() {
+    let process = Process::new();
+    let [behind, first, last] = [pages(0), pages(100), pages(200)];
+    process.on_device(first, 1);
+    process.on_device(last, 2);
+    let moved = AtomicBool::new(false);
+    let (space, engine) = (process.space.clone(), Arc::downgrade(&process.engine));
+    process.space.set_hook(Some(Arc::new(move |point| {
+        // While the first pages are copied.
+        if point == HookPoint::Submit && !moved.swap(true, Ordering::Relaxed) {
+            assert!(space.mremap(last, behind).unwrap().is_some());
+        }
+        if point.needs_reader()
+            && let Some(engine) = engine.upgrade()
+        {
+            engine.read();
+        }
+    })));
+    process.engine.before_fork();
+    process.space.set_hook(None);
+    for page in first.iter_pages().chain(behind.iter_pages()) {
+        let there = process.space.peek(SpaceId::OWN, page).is_some();
+        assert!(there, "{page} is still away");
+    }
+}

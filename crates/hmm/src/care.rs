@@ -82,10 +82,9 @@ pub(crate) fn handle(host: &'static Host, bounce: &Pages, number: usize) {
         }
         heartbeat.begin();
         host.engine.pump(&mut executor);
-        while host.engine.serve(&mut executor) {
+        while let Some(thread) = host.engine.serve(&mut executor) {
             heartbeat.go_on();
-            let faulter = executor.faulter();
-            host.rota.served(number, faulter, &host.handler_cpus);
+            host.rota.served(number, thread, &host.handler_cpus);
         }
         heartbeat.end();
         if host.engine.owes_children() {

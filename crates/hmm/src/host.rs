@@ -439,8 +439,9 @@ mod fork_guard {
             });
             if !clean {
                 hmm_os::die(
-                    "pages could not be brought home before a fork: for half a minute others had \
-                     them in flight. The child would read zeros there, so the process ends now",
+                    "pages could not be brought home before a fork: others have had them in \
+                     flight for half a minute, or the engine has no memory left. The child would \
+                     read zeros there, so the process ends now",
                 );
             }
         }

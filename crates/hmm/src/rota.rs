@@ -72,13 +72,12 @@ impl Rota {
         self.called.notify_all();
     }
 
-    /// A handler has served faults, the last of them this thread's. `cpus` are
-    /// where the handlers are, in order.
-    pub(crate) fn served(&self, number: usize, faulter: Option<u32>, cpus: &[usize]) {
-        // An old kernel does not say who faults.
-        let Some(thread) = faulter.filter(|&thread| thread != 0) else {
+    /// A handler has served a fault of this thread, 0 where the kernel does not
+    /// tell. `cpus` are where the handlers are, in order.
+    pub(crate) fn served(&self, number: usize, thread: u32, cpus: &[usize]) {
+        if thread == 0 {
             return self.call_all();
-        };
+        }
         if self.thread.load(Ordering::Relaxed) != thread {
             self.thread.store(thread, Ordering::Relaxed);
             if self.streak.swap(0, Ordering::Relaxed) < APART {
@@ -119,23 +118,23 @@ mod tests {
         let nobody: [usize; 0] = [];
         for _ in 0..=ENOUGH {
             assert!(rota.is_on_duty(0) && rota.is_on_duty(1));
-            rota.served(1, Some(7), &nobody);
+            rota.served(1, 7, &nobody);
         }
         assert!(!rota.is_on_duty(0) && rota.is_on_duty(1));
         // One after the other is one at a time; one and the other is not.
-        rota.served(1, Some(8), &nobody);
+        rota.served(1, 8, &nobody);
         assert!(!rota.is_on_duty(0));
-        rota.served(1, Some(7), &nobody);
+        rota.served(1, 7, &nobody);
         assert!(rota.is_on_duty(0) && rota.is_on_duty(1));
     }
 
     #[test]
     fn unknown_threads_and_long_faults_call_everybody() {
         let rota = Rota::new();
-        let calm = || (0..=ENOUGH).for_each(|_| rota.served(0, Some(7), &[]));
+        let calm = || (0..=ENOUGH).for_each(|_| rota.served(0, 7, &[]));
         calm();
         assert!(!rota.is_on_duty(1));
-        rota.served(0, None, &[]);
+        rota.served(0, 0, &[]);
         assert!(rota.is_on_duty(1));
         calm();
         assert!(!rota.is_on_duty(1));
