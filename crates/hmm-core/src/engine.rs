@@ -12,7 +12,7 @@ use crate::devices::Devices;
 use crate::executor::Executor;
 use crate::map::SpaceMap;
 use crate::mirror::Notifiers;
-use crate::readahead::Readahead;
+use crate::readahead::{CPU_WINDOW, DEVICE_WINDOW, Readahead};
 use crate::staging::StagingPool;
 use crate::stats::Statistics;
 
@@ -130,8 +130,16 @@ impl<'env> Engine<'env> {
             notifiers: Mutex::new(Rank::Notifiers, Notifiers::new()),
             reading: AtomicBool::new(false),
             unsettled: AtomicBool::new(false),
-            cpu_readahead: Readahead::new(settings.fault_granule.get(), settings.readahead),
-            device_readahead: Readahead::new(settings.device_granule.get(), settings.readahead),
+            cpu_readahead: Readahead::new(
+                settings.fault_granule.get(),
+                CPU_WINDOW,
+                settings.readahead,
+            ),
+            device_readahead: Readahead::new(
+                settings.device_granule.get(),
+                DEVICE_WINDOW,
+                settings.readahead,
+            ),
             stats: Statistics::new(),
             uses: AtomicU64::new(1),
             owing: AtomicBool::new(false),
@@ -288,6 +296,11 @@ impl<'env> Engine<'env> {
     /// A logical time for recency of use.
     pub(crate) fn next_use(&self) -> u64 {
         self.uses.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The time that the next use will have.
+    pub(crate) fn uses_now(&self) -> u64 {
+        self.uses.load(Ordering::Relaxed)
     }
 
     /// Tells those who met a page in flight to look again.

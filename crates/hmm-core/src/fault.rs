@@ -7,6 +7,7 @@ use hmm_types::{PAGES_PER_BLOCK, PageCount, PageRange, VirtAddr};
 
 use crate::engine::Engine;
 use crate::executor::{BOUNCE_PAGES, Executor, QueuedFault};
+use crate::home::Home;
 use crate::page::PageState;
 use crate::readahead::Plan;
 
@@ -155,6 +156,7 @@ impl Engine<'_> {
 
     /// Brings the page home, and what the plan says with it.
     fn fetch(&self, executor: &mut Executor, fault: QueuedFault, least: PageRange) {
+        let now = self.uses_now();
         let plan = self.cpu_readahead.plan(fault.address);
         let (from, upto) = Plan::addresses(plan.now);
         let from = from
@@ -178,20 +180,22 @@ impl Engine<'_> {
             let page = PageRange::from_pages(fault.address.page_floor(), PageCount::ONE);
             self.space.wake(SpaceId::OWN, page);
         }
-        self.run_ahead(executor, plan);
+        self.run_ahead(executor, plan, now);
     }
 
     fn read_ahead(&self, executor: &mut Executor, address: VirtAddr) {
-        let plan = self.cpu_readahead.plan(address);
-        self.run_ahead(executor, plan);
+        let now = self.uses_now();
+        let plan = self.cpu_readahead.plan_on(address);
+        self.run_ahead(executor, plan, now);
     }
 
-    fn run_ahead(&self, executor: &mut Executor, plan: Plan) {
+    fn run_ahead(&self, executor: &mut Executor, plan: Plan, planned_at: u64) {
         let (from, upto) = Plan::addresses(plan.ahead);
         let upto = upto.min(VirtAddr::new(hmm_types::USER_END));
         if from < upto {
             executor.takes_long();
-            let moved = self.bring_ahead(executor, PageRange::span(from, upto));
+            let range = PageRange::span(from, upto);
+            let moved = self.bring_ahead(executor, range, Home::planned(planned_at));
             self.stats.readahead_pages.fetch_add(moved, Relaxed);
         }
     }

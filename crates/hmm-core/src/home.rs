@@ -25,9 +25,12 @@ use crate::map::{BlockId, BlockInner};
 use crate::page::PageState;
 use crate::staging::{SlotKind, StagingPage, StagingRun};
 
-/// Pages that one step takes at most, unless a huge page is moved whole: small
-/// enough that a reader who waits for the first of them does not wait long.
-const STEP_PAGES: u32 = 128;
+/// Pages that one step takes at most: each step has a price of its own, most of
+/// all that other processors flush their TLBs.
+const STEP_PAGES: u32 = BLOCK_PAGES;
+/// The same while somebody waits for the first of them, unless a huge page is
+/// moved whole.
+const FIRST_STEP_PAGES: u32 = 128;
 /// Transfers handed to a device at a time.
 pub(crate) const TRANSFERS: usize = 32;
 
@@ -53,6 +56,10 @@ pub(crate) struct Home {
     poisons: Poisons,
     /// End before a page that is in flight, so that the caller can wait for it.
     stops_at_flights: bool,
+    /// Pages at most, but for a huge page.
+    most: u32,
+    /// Nothing of blocks that a device has used at this time or later.
+    unless_used: u64,
 }
 
 impl Home {
@@ -62,6 +69,25 @@ impl Home {
             only: None,
             poisons: Poisons::Nothing,
             stops_at_flights: false,
+            most: STEP_PAGES,
+            unless_used: u64::MAX,
+        }
+    }
+
+    /// As planned at a time (see [`Engine::next_use`]): what has gone to a
+    /// device since is wanted there.
+    pub(crate) const fn planned(at: u64) -> Self {
+        Self {
+            unless_used: at,
+            ..Self::ahead()
+        }
+    }
+
+    /// The same while a CPU thread waits for the first of the pages.
+    const fn at_once() -> Self {
+        Self {
+            most: FIRST_STEP_PAGES,
+            ..Self::ahead()
         }
     }
 
@@ -201,7 +227,8 @@ impl Engine<'_> {
         let mut came = false;
         while from < window.end() {
             let rest = PageRange::span(from, window.end());
-            let step = self.step_home(executor, rest, Home::ahead());
+            let home = if came { Home::ahead() } else { Home::at_once() };
+            let step = self.step_home(executor, rest, home);
             let next = from.plus_pages(step.passed.max(1));
             came |= (from..next).contains(&page) && step.moved == step.passed;
             from = next;
@@ -212,18 +239,24 @@ impl Engine<'_> {
             came = self.step_home(executor, alone, Home::demanded(page)).moved > 0;
         }
         if window.start() < start {
-            self.bring_ahead(executor, PageRange::span(window.start(), start));
+            let before = PageRange::span(window.start(), start);
+            self.bring_ahead(executor, before, Home::ahead());
         }
         came
     }
 
     /// Brings home what is away in a range; pages in flight are left alone.
     /// Returns the number of pages that came.
-    pub(crate) fn bring_ahead(&self, executor: &mut Executor, range: PageRange) -> u64 {
+    pub(crate) fn bring_ahead(
+        &self,
+        executor: &mut Executor,
+        range: PageRange,
+        home: Home,
+    ) -> u64 {
         let mut from = range.start();
         let mut moved = 0;
         while from < range.end() {
-            let step = self.step_home(executor, PageRange::span(from, range.end()), Home::ahead());
+            let step = self.step_home(executor, PageRange::span(from, range.end()), home);
             from = from.plus_pages(step.passed.max(1));
             moved += step.moved;
         }
@@ -285,7 +318,8 @@ impl Engine<'_> {
             }
             _ => false,
         };
-        if inner.away() == 0 && inner.in_flight() == 0 {
+        let nothing_away = inner.away() == 0 && inner.in_flight() == 0;
+        if nothing_away || inner.last_use >= home.unless_used {
             step.passed += u64::from(piece.pages);
             return Claimed::Nothing;
         }
@@ -313,7 +347,7 @@ impl Engine<'_> {
         };
         let huge =
             inner.huge && index == 0 && end == BLOCK_PAGES && place.start().is_block_aligned();
-        let most = if huge { BLOCK_PAGES } else { STEP_PAGES };
+        let most = if huge { BLOCK_PAGES } else { home.most };
         let mut claim = Claim {
             block: piece.block,
             first: index,

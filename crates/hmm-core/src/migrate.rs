@@ -27,11 +27,23 @@ impl Engine<'_> {
         range: PageRange,
         to: Destination,
     ) -> MigrationReport {
+        self.migrate_part(executor, range, range, to)
+    }
+
+    /// The same with one part of a request; others may carry out the other
+    /// parts at the same time. Nothing of `whole` is evicted.
+    pub fn migrate_part(
+        &self,
+        executor: &mut Executor,
+        range: PageRange,
+        whole: PageRange,
+        to: Destination,
+    ) -> MigrationReport {
         let mut report = MigrationReport::new();
         match to {
             Destination::System => self.migrate_home(executor, range, &mut report),
             Destination::Device(device) => {
-                self.migrate_to_device(executor, range, device, range, &mut report);
+                self.migrate_to_device(executor, range, device, whole, &mut report);
             }
         }
         self.trim_staging();

@@ -2,13 +2,18 @@
 //!
 //! A fault somewhere brings its *granule*: the aligned pages around it. Faults
 //! that follow each other form a *stream*: its window doubles with each of them
-//! up to a block, and the engine works one window ahead, so that a sequential
+//! up to a few blocks, and the engine works one window ahead, so that a sequential
 //! reader finds its pages there. (The same idea as the kernel's file
 //! read-ahead, `mm/readahead.c`.)
 
 use hmm_sync::{Mutex, Rank};
 use hmm_types::{PAGE_SIZE, PAGES_PER_BLOCK, VirtAddr};
 
+/// Pages of a window at most, for a CPU: 8 MiB. With less, one handler waits
+/// for the reader while another works.
+pub(crate) const CPU_WINDOW: u64 = 4 * PAGES_PER_BLOCK as u64;
+/// The same for a device, whose kernel waits for all of it.
+pub(crate) const DEVICE_WINDOW: u64 = PAGES_PER_BLOCK as u64;
 /// Sequential readers that are followed at a time.
 const STREAMS: usize = 8;
 
@@ -41,16 +46,19 @@ impl Plan {
 /// The streams of one direction.
 pub(crate) struct Readahead {
     granule: u64,
+    most: u64,
     enabled: bool,
     streams: Mutex<([Stream; STREAMS], u64)>,
 }
 
 impl Readahead {
-    /// `granule_pages` is a power of two, at most a block.
-    pub(crate) const fn new(granule_pages: u64, enabled: bool) -> Self {
+    /// `granule_pages` is a power of two, at most a block; windows grow to
+    /// `most_pages`.
+    pub(crate) const fn new(granule_pages: u64, most_pages: u64, enabled: bool) -> Self {
         assert!(granule_pages.is_power_of_two() && granule_pages <= PAGES_PER_BLOCK as u64);
         Self {
             granule: granule_pages,
+            most: most_pages,
             enabled,
             streams: Mutex::new(
                 Rank::Queue,
@@ -66,8 +74,20 @@ impl Readahead {
         }
     }
 
-    /// Plans for a fault at `address`.
+    /// Plans for a fault at `address`, whose page rests somewhere else.
+    ///
+    /// So it is not under way, whatever was planned: whoever is to bring it has
+    /// not come so far, or it has come and has left again.
     pub(crate) fn plan(&self, address: VirtAddr) -> Plan {
+        self.plan_for(address, false)
+    }
+
+    /// Plans for a fault at `address`, whose page is on its way.
+    pub(crate) fn plan_on(&self, address: VirtAddr) -> Plan {
+        self.plan_for(address, true)
+    }
+
+    fn plan_for(&self, address: VirtAddr, under_way: bool) -> Plan {
         let page = address.page_number();
         let start = page / self.granule * self.granule;
         let now = (start, start + self.granule);
@@ -86,15 +106,15 @@ impl Readahead {
                 && page + 2 * stream.window >= stream.next
         };
         if let Some(stream) = streams.iter_mut().find(follows) {
-            stream.window = (stream.window * 2).min(PAGES_PER_BLOCK as u64);
+            stream.window = (stream.window * 2).min(self.most);
             stream.used = *clock;
-            let now = if page < stream.next {
-                (page, page + 1)
+            let (now, from) = if under_way {
+                ((page, page), stream.next.max(page))
             } else {
                 let end = (page + stream.window) / self.granule * self.granule;
-                (start, end.max(start + self.granule))
+                let end = end.max(start + self.granule);
+                ((start, end), end)
             };
-            let from = stream.next.max(now.1);
             // Never further ahead than one window of the reader.
             let upto = (page + 2 * stream.window).max(from);
             stream.next = upto;
@@ -128,7 +148,7 @@ mod tests {
 
     #[test]
     fn a_lone_fault_brings_its_granule() {
-        let readahead = Readahead::new(16, true);
+        let readahead = Readahead::new(16, DEVICE_WINDOW, true);
         let plan = readahead.plan(at(1000));
         assert_eq!(plan.now, (992, 1008));
         assert_eq!(plan.ahead.0, plan.ahead.1);
@@ -136,7 +156,7 @@ mod tests {
 
     #[test]
     fn a_sequential_reader_is_led_by_growing_windows() {
-        let readahead = Readahead::new(16, true);
+        let readahead = Readahead::new(16, DEVICE_WINDOW, true);
         let mut present = readahead.plan(at(0)).now.1;
         let mut faults = 1;
         while present < 100_000 {
@@ -150,8 +170,27 @@ mod tests {
     }
 
     #[test]
+    fn pages_that_left_again_are_planned_again() {
+        let readahead = Readahead::new(16, DEVICE_WINDOW, true);
+        let mut page = 0;
+        for _ in 0..20 {
+            let plan = readahead.plan(at(page));
+            page = plan.now.1.max(plan.ahead.1);
+        }
+        // Everything leaves; the reader starts over, just behind the frontier.
+        let again = page - 1000;
+        let plan = readahead.plan(at(again));
+        assert!(plan.now.1 > again + 256, "{plan:?}");
+        assert_eq!(plan.ahead.0, plan.now.1, "nothing is skipped");
+        // What is on its way is not planned again.
+        let plan = readahead.plan_on(at(again + 600));
+        assert_eq!(plan.now.0, plan.now.1);
+        assert!(plan.ahead.0 >= again + 1024, "{plan:?}");
+    }
+
+    #[test]
     fn random_faults_never_plan_far() {
-        let readahead = Readahead::new(16, true);
+        let readahead = Readahead::new(16, DEVICE_WINDOW, true);
         let mut page = 1u64;
         for _ in 0..1000 {
             page = page.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1) >> 8;

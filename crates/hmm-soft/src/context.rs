@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use hmm_hal::{DeviceFaultError, Resolution};
 use hmm_types::{Access, PAGE_SIZE, USER_END, VirtAddr};
 
+use crate::copy::read_ahead;
 use crate::shootdown::{Shootdown, WorkerSlot};
 use crate::tlb::Tlb;
 use crate::{KernelError, Plain, SoftDevice};
@@ -286,7 +287,7 @@ impl Context {
             // SAFETY: `access` gives a pointer to the rest of the page, and
             // `len` does not reach beyond; the bounce page is a page long.
             self.access::<false, ()>(address, &|from| unsafe {
-                ptr::copy_nonoverlapping(from.cast_const(), stop, len);
+                read_ahead(from.cast_const(), stop, len);
             })?;
             if !direct {
                 // SAFETY: as above; outside of the section, so this may fault.

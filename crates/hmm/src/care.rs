@@ -121,7 +121,9 @@ pub(crate) fn work(host: &'static Host, bounce: &Pages) {
 
 fn carry_out(host: &Host, executor: &mut Executor, request: Request) -> Outcome {
     match request {
-        Request::Migrate(range, to) => Outcome::Report(host.engine.migrate(executor, range, to)),
+        Request::Migrate { range, whole, to } => {
+            Outcome::Report(host.engine.migrate_part(executor, range, whole, to))
+        }
         Request::Exclusive(range, device) => {
             Outcome::Report(host.engine.exclusive(executor, range, device))
         }

@@ -14,7 +14,7 @@ use hmm_types::{ByteCount, DeviceId, MAX_DEVICES, PageCount, PageRange, PageResi
 
 use crate::builder::Builder;
 use crate::care::{self, Heartbeat};
-use crate::jobs::{Jobs, Outcome, Request};
+use crate::jobs::{Jobs, Numbers, Outcome, Request, in_parts};
 use crate::rota::Rota;
 use crate::{
     Error, Memory, Prefetch, Report, Residency, ShutdownError, SoftwareDevice, SoftwareOptions,
@@ -33,6 +33,8 @@ pub(crate) struct Host {
     pub(crate) rota: Rota,
     /// Where the handlers are, in order; empty when they are not pinned.
     pub(crate) handler_cpus: hmm_mem::Vec<usize>,
+    /// Threads that carry out requests.
+    workers: usize,
     devices: [OnceLock<&'static dyn Device>; MAX_DEVICES],
     /// To be closed at the end: their workers are engine threads.
     software: Mutex<hmm_mem::Vec<&'static SoftDevice>>,
@@ -90,20 +92,23 @@ impl Host {
         }
     }
 
-    fn submit(&self, request: Request) -> Result<usize, Error> {
+    fn submit(&self, requests: impl Iterator<Item = Request>) -> Result<Numbers, Error> {
         if !self.is_own_process() {
             return Err(Error::Forked);
         }
         if hmm_os::is_engine_thread() {
             return Err(Error::EngineThread);
         }
-        self.jobs.submit(request)
+        self.jobs.submit(requests)
     }
 
     /// Has a worker do it, and waits.
     fn ask(&self, request: Request) -> Result<Outcome, Error> {
-        let number = self.submit(request)?;
-        Ok(self.jobs.wait(number))
+        let numbers = self.submit(std::iter::once(request))?;
+        match numbers.iter().next() {
+            Some(number) => Ok(self.jobs.wait(number)),
+            None => unreachable!("a request that was taken has a number"),
+        }
     }
 
     /// Starts handlers, workers and the watch.
@@ -209,6 +214,7 @@ impl Hmm {
             heartbeats,
             rota: Rota::new(),
             handler_cpus,
+            workers: builder.workers,
             devices: [const { OnceLock::new() }; MAX_DEVICES],
             software: Mutex::new(Rank::Control, hmm_mem::vec()),
             stopping: AtomicBool::new(false),
@@ -256,7 +262,10 @@ impl Hmm {
     /// [`Error`] when the request names no memory or no device. Then nothing
     /// was changed.
     pub fn migrate(&self, memory: impl Memory, device: DeviceId) -> Result<Report, Error> {
-        self.prefetch(memory, device).and_then(Self::judged)
+        let range = memory.whole_pages()?;
+        self.known(device)?;
+        self.move_all(range, Destination::Device(device))
+            .and_then(Self::judged)
     }
 
     /// The same without waiting: the migration runs by itself.
@@ -266,7 +275,8 @@ impl Hmm {
     pub fn prefetch(&self, memory: impl Memory, device: DeviceId) -> Result<Prefetch, Error> {
         let range = memory.whole_pages()?;
         self.known(device)?;
-        self.begin(range.map(|range| Request::Migrate(range, Destination::Device(device))))
+        let to = Destination::Device(device);
+        self.begin(range.map(|range| in_parts(range, to, 1)))
     }
 
     /// Brings memory home to system memory, and waits until it is there.
@@ -275,9 +285,7 @@ impl Hmm {
     /// As [`Hmm::migrate`].
     pub fn evict(&self, memory: impl Memory) -> Result<Report, Error> {
         let range = memory.whole_pages()?;
-        let prefetch =
-            self.begin(range.map(|range| Request::Migrate(range, Destination::System)))?;
-        Ok(prefetch.wait())
+        Ok(self.move_all(range, Destination::System)?.wait())
     }
 
     /// Takes pages from the CPU for a device without moving them to its memory,
@@ -289,14 +297,27 @@ impl Hmm {
     pub fn exclusive(&self, memory: impl Memory, device: DeviceId) -> Result<Report, Error> {
         let range = memory.whole_pages()?;
         self.known(device)?;
-        self.begin(range.map(|range| Request::Exclusive(range, device)))
+        self.begin(range.map(|range| std::iter::once(Request::Exclusive(range, device))))
             .and_then(Self::judged)
     }
 
-    fn begin(&self, request: Option<Request>) -> Result<Prefetch, Error> {
+    /// A migration by as many workers as there are.
+    fn move_all(&self, range: Option<PageRange>, to: Destination) -> Result<Prefetch, Error> {
+        let parts = |workers| self.begin(range.map(|range| in_parts(range, to, workers)));
+        match parts(self.host().workers) {
+            // For one part there may be room.
+            Err(Error::QueueFull { .. }) => parts(1),
+            result => result,
+        }
+    }
+
+    fn begin<R>(&self, requests: Option<R>) -> Result<Prefetch, Error>
+    where
+        R: Iterator<Item = Request>,
+    {
         let host = self.host();
-        let number = request.map(|request| host.submit(request)).transpose()?;
-        Ok(Prefetch::new(host, number))
+        let numbers = host.submit(requests.into_iter().flatten())?;
+        Ok(Prefetch::new(host, numbers))
     }
 
     /// A report, unless nothing of the request was there at all.

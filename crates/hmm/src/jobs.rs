@@ -3,25 +3,41 @@
 //! The engine's descriptors belong to its own threads, so the program's threads
 //! hand requests over: a bounded table of slots in engine memory. A slot is
 //! free, waiting, running, or done.
+//!
+//! One core moves memory slower than a machine can. So a migration that is
+//! waited for is cut into parts, which several workers carry out side by side.
+//! What nobody waits for runs on one worker and leaves the others, and the
+//! processors, to the program.
 
 use std::time::Duration;
 
 use hmm_core::{Destination, MigrationReport};
 use hmm_sync::{Condvar, Mutex, Rank};
-use hmm_types::{DeviceId, PageRange};
+use hmm_types::{BLOCK_PAGES, DeviceId, PageRange};
 
 use crate::host::Host;
 use crate::{Error, Report};
 
 /// Requests that can wait or run at a time.
 pub(crate) const JOB_SLOTS: usize = 256;
+/// Parts of one request at most.
+pub(crate) const MAX_PARTS: usize = 16;
+/// Smallest part that is worth a worker: 4 MiB.
+const PART_PAGES: u64 = 2 * BLOCK_PAGES as u64;
+/// Parts for each worker, so that one who is quicker takes more.
+const PARTS_EACH: u64 = 4;
 /// How long to sleep before looking again; notifications come sooner.
 const RECHECK: Duration = Duration::from_secs(1);
 
 /// What a request asks for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Request {
-    Migrate(PageRange, Destination),
+    Migrate {
+        range: PageRange,
+        /// The whole request, nothing of which makes room for the rest.
+        whole: PageRange,
+        to: Destination,
+    },
     Exclusive(PageRange, DeviceId),
     RemoveDevice(DeviceId),
     ShutDown,
@@ -57,6 +73,62 @@ struct State {
     closed: bool,
 }
 
+impl State {
+    /// Takes back what was handed over last.
+    fn withdraw(&mut self, numbers: &Numbers) {
+        self.waiting -= numbers.iter().count();
+        for number in numbers.iter() {
+            self.slots[number] = Slot::Free;
+        }
+    }
+}
+
+/// The numbers of a request's parts.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Numbers {
+    list: [usize; MAX_PARTS],
+    len: usize,
+}
+
+impl Numbers {
+    fn push(&mut self, number: usize) {
+        self.list[self.len] = number;
+        self.len += 1;
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = usize> {
+        self.list[..self.len].iter().copied()
+    }
+}
+
+/// A migration as requests for up to `workers` workers.
+pub(crate) fn in_parts(
+    whole: PageRange,
+    to: Destination,
+    workers: usize,
+) -> impl Iterator<Item = Request> {
+    let parts = match workers {
+        1 => 1,
+        _ => (workers as u64 * PARTS_EACH).min(MAX_PARTS as u64),
+    };
+    // Parts end where blocks do: two workers want no block at the same time.
+    let first = whole.start().block_floor();
+    let pages = whole
+        .end()
+        .pages_since(first)
+        .div_ceil(parts)
+        .next_multiple_of(u64::from(BLOCK_PAGES))
+        .max(PART_PAGES);
+    let mut next = whole.start();
+    std::iter::from_fn(move || {
+        let part = next.pages_since(first) / pages;
+        let end = first.plus_pages((part + 1) * pages).min(whole.end());
+        let range = (next < end).then(|| PageRange::span(next, end))?;
+        next = end;
+        Some(Request::Migrate { range, whole, to })
+    })
+}
+
 /// The table of requests.
 #[derive(Debug)]
 pub(crate) struct Jobs {
@@ -83,24 +155,33 @@ impl Jobs {
         }
     }
 
-    /// Hands a request over; its number, to wait for it.
-    pub(crate) fn submit(&self, request: Request) -> Result<usize, Error> {
+    /// Hands requests over, all of them or none: their numbers, to wait for.
+    pub(crate) fn submit(&self, requests: impl Iterator<Item = Request>) -> Result<Numbers, Error> {
+        let mut numbers = Numbers::default();
         let mut state = self.state.lock();
         if state.closed {
             return Err(Error::ShuttingDown);
         }
-        let free = state
-            .slots
-            .iter()
-            .position(|slot| matches!(slot, Slot::Free));
-        let number = free.ok_or(Error::QueueFull { limit: JOB_SLOTS })?;
-        state.slots[number] = Slot::Waiting(request);
-        let at = (state.head + state.waiting) % JOB_SLOTS;
-        state.order[at] = number;
-        state.waiting += 1;
+        for request in requests {
+            let free = state
+                .slots
+                .iter()
+                .position(|slot| matches!(slot, Slot::Free));
+            let Some(number) = free else {
+                state.withdraw(&numbers);
+                return Err(Error::QueueFull { limit: JOB_SLOTS });
+            };
+            state.slots[number] = Slot::Waiting(request);
+            let at = (state.head + state.waiting) % JOB_SLOTS;
+            state.order[at] = number;
+            state.waiting += 1;
+            numbers.push(number);
+        }
         drop(state);
-        self.arrived.notify_one();
-        Ok(number)
+        for _ in numbers.iter() {
+            self.arrived.notify_one();
+        }
+        Ok(numbers)
     }
 
     /// Waits until a request has ended.
@@ -210,38 +291,88 @@ impl Jobs {
 #[derive(Debug)]
 pub struct Prefetch {
     host: &'static Host,
-    number: Option<usize>,
+    parts: Numbers,
 }
 
 impl Prefetch {
-    pub(crate) const fn new(host: &'static Host, number: Option<usize>) -> Self {
-        Self { host, number }
+    pub(crate) const fn new(host: &'static Host, parts: Numbers) -> Self {
+        Self { host, parts }
     }
 
     /// Whether it has ended.
     #[must_use]
     pub fn is_done(&self) -> bool {
-        self.number
-            .is_none_or(|number| self.host.jobs.is_done(number))
+        self.parts
+            .iter()
+            .all(|number| self.host.jobs.is_done(number))
     }
 
     /// Waits until it has ended, and says what it did. A range without a whole
     /// page did nothing.
     #[must_use]
     pub fn wait(mut self) -> Report {
-        match self.number.take().map(|number| self.host.jobs.wait(number)) {
-            Some(Outcome::Report(report)) => Report::of(&report),
-            _ => Report::default(),
+        let mut report = Report::default();
+        for number in std::mem::take(&mut self.parts).iter() {
+            if let Outcome::Report(part) = self.host.jobs.wait(number) {
+                report.add(&part);
+            }
         }
+        report
     }
 }
 
 impl Drop for Prefetch {
     fn drop(&mut self) {
-        if let Some(number) = self.number
-            && self.host.is_own_process()
-        {
-            self.host.jobs.abandon(number);
+        if self.host.is_own_process() {
+            for number in self.parts.iter() {
+                self.host.jobs.abandon(number);
+            }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hmm_types::{PageCount, VirtAddr};
+
+    use super::*;
+
+    #[test]
+    fn parts_cover_the_request_and_end_where_blocks_do() {
+        for (start, pages, workers) in [
+            (0x1000, 1, 2),
+            (0x1000, 100_000, 8),
+            (0x20_0000, 65_536, 2),
+            (0x3f_f000, 65_536, 2),
+            (0x1000, 5000, 1),
+        ] {
+            let whole = PageRange::from_pages(VirtAddr::new(start), PageCount::new(pages));
+            let mut next = whole.start();
+            let mut count = 0;
+            for request in in_parts(whole, Destination::System, workers) {
+                let Request::Migrate { range, .. } = request else {
+                    panic!("{request:?}");
+                };
+                assert_eq!(range.start(), next);
+                assert!(range.end() == whole.end() || range.end().is_block_aligned());
+                next = range.end();
+                count += 1;
+            }
+            assert_eq!(next, whole.end());
+            assert!(count <= MAX_PARTS && (workers > 1 || count == 1), "{count}");
+        }
+    }
+
+    #[test]
+    fn requests_are_handed_over_together_or_not_at_all() {
+        let jobs = Jobs::new();
+        for _ in 0..JOB_SLOTS - 1 {
+            jobs.submit(std::iter::once(Request::ShutDown)).unwrap();
+        }
+        let two = || [Request::ShutDown; 2].into_iter();
+        assert!(matches!(jobs.submit(two()), Err(Error::QueueFull { .. })));
+        jobs.submit(two().take(1)).unwrap();
+        let taken = std::iter::from_fn(|| jobs.next(Duration::ZERO)).count();
+        assert_eq!(taken, JOB_SLOTS);
     }
 }

@@ -34,22 +34,28 @@ pub struct Report {
 }
 
 impl Report {
-    pub(crate) fn of(report: &hmm_core::MigrationReport) -> Self {
-        Self {
-            moved: report.moved,
-            already: report.already,
-            zeroed: report.zeroed,
-            huge: report.huge,
-            stayed_pages: report.stayed_pages,
-            stayed: report
-                .stayed
-                .iter()
-                .map(|stayed| StayedRange {
+    /// Adds what the next part of the request did.
+    pub(crate) fn add(&mut self, part: &hmm_core::MigrationReport) {
+        self.moved += part.moved;
+        self.already += part.already;
+        self.zeroed += part.zeroed;
+        self.huge += part.huge;
+        self.stayed_pages += part.stayed_pages;
+        self.truncated |= part.truncated;
+        for stayed in &part.stayed {
+            if let Some(last) = self.stayed.last_mut()
+                && last.reason == stayed.reason
+                && last.range.end() == stayed.range.start()
+            {
+                last.range = PageRange::span(last.range.start(), stayed.range.end());
+            } else if self.stayed.len() < hmm_core::MigrationReport::MAX_STAYED {
+                self.stayed.push(StayedRange {
                     range: stayed.range,
                     reason: stayed.reason,
-                })
-                .collect(),
-            truncated: report.truncated,
+                });
+            } else {
+                self.truncated = true;
+            }
         }
     }
 
