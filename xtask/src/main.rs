@@ -3,6 +3,7 @@
 
 mod counts;
 mod docs;
+mod kernel_selftests;
 mod ordinary_user;
 mod packages;
 mod process;
@@ -31,6 +32,7 @@ Examples:
   cargo xtask sim --seeds 100000       a long simulation
   cargo xtask sim -- --seed 4711       replay one seed
   cargo xtask bench -- fault_4k_p50    one row of the benchmark
+  cargo xtask kernel-selftests         the kernel's own tests, against hmm run
 
 Tests need no set-up and no network beyond what cargo fetches. They use
 cargo-nextest where it is installed, which kills hung tests, and else cargo
@@ -76,6 +78,11 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         rest: Vec<String>,
     },
+    /// Runs the kernel's own HMM self-test, unmodified, under `hmm run`.
+    ///
+    /// The sources come from a Debian package, which is not installed. They and
+    /// the tests' output stay below target/kernel-selftests.
+    KernelSelftests(kernel_selftests::Options),
 }
 
 fn main() -> ExitCode {
@@ -94,6 +101,7 @@ fn main() -> ExitCode {
                 .run()
         }
         Command::Bench { rest } => bench(&workspace, rest),
+        Command::KernelSelftests(options) => kernel_selftests::run(&workspace, &options),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

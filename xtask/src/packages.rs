@@ -21,6 +21,27 @@ pub const SETPRIV: Package = Package {
     purpose: "to run tests as an ordinary user",
 };
 
+/// Runs a kernel's self-test in a session of its own.
+pub const SETSID: Package = Package {
+    program: "setsid",
+    debian: "util-linux",
+    purpose: "to end a hanging test with all of its processes",
+};
+
+/// Compiles the kernel's self-tests.
+pub const GCC: Package = Package {
+    program: "gcc",
+    debian: "build-essential",
+    purpose: "to compile the kernel's self-tests",
+};
+
+/// Builds them as the kernel does.
+pub const MAKE: Package = Package {
+    program: "make",
+    debian: "make",
+    purpose: "to build the kernel's self-tests",
+};
+
 impl Package {
     fn is_there(&self) -> bool {
         env::var_os("PATH").is_some_and(|path| {
@@ -51,7 +72,7 @@ impl Package {
         if !installed || !self.is_there() {
             bail!("{missing}");
         }
-        println!("installed {debian} {purpose}");
+        eprintln!("installed {debian} {purpose}");
         Ok(())
     }
 }

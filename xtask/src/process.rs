@@ -116,6 +116,23 @@ impl Invocation {
             .then(|| String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
+    /// Runs it quietly and returns what it prints. The error of a failure ends
+    /// with what it said first, which is most often the cause.
+    pub fn output(mut self) -> Result<String> {
+        let line = self.line();
+        let output = self
+            .command
+            .stdin(Stdio::null())
+            .output()
+            .with_context(|| format!("cannot run `{line}`"))?;
+        if !output.status.success() {
+            let said = String::from_utf8_lossy(&output.stderr);
+            let said = said.lines().next().unwrap_or_default();
+            bail!("`{line}` failed ({}): {said}", output.status);
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
     /// The command itself, for what needs more.
     pub fn into_command(self) -> Command {
         self.command
@@ -161,6 +178,14 @@ mod tests {
         let (success, text) = echo.tee().unwrap();
         assert!(!success);
         assert_eq!(text, "out\nerr\n");
+    }
+
+    #[test]
+    fn a_failure_says_why() {
+        let echo = |script: &str| Invocation::new("sh").args(["-c", script]).output();
+        assert_eq!(echo("echo out; echo err >&2").unwrap(), "out\n");
+        let error = echo("echo no space >&2; echo sorry >&2; exit 3").unwrap_err();
+        assert!(error.to_string().ends_with("3): no space"), "{error}");
     }
 
     #[test]

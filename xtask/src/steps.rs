@@ -11,7 +11,7 @@ use crate::counts::{Counts, self_skipped};
 use crate::process::Invocation;
 use crate::summary::{Outcome, Summary};
 use crate::workspace::Workspace;
-use crate::{docs, ordinary_user};
+use crate::{docs, kernel_selftests, ordinary_user};
 
 /// What to run.
 #[derive(Debug)]
@@ -46,9 +46,12 @@ pub enum Step {
     Sim,
     /// Model checks of the gate's protocol.
     Shuttle,
+    /// The kernel's own HMM self-test under `hmm run`.
+    KernelSelftests,
 }
 
 impl Step {
+    /// The whole check. Other steps run when they are asked for.
     const ALL: [Self; 11] = [
         Self::Toolchain,
         Self::Fmt,
@@ -70,7 +73,8 @@ impl Step {
 }
 
 /// What a step says about itself.
-enum Done {
+#[derive(Debug)]
+pub enum Done {
     Passed(String),
     Skipped(String),
 }
@@ -83,10 +87,13 @@ impl Done {
 
 /// Runs the steps until one fails, and ends with the summary.
 pub fn test(workspace: &Workspace, options: &TestOptions) -> ExitCode {
-    let chosen: Vec<Step> = Step::ALL
-        .into_iter()
-        .filter(|step| options.only.is_empty() || options.only.contains(step))
-        .collect();
+    let chosen: Vec<Step> = match &options.only[..] {
+        [] => Step::ALL.to_vec(),
+        only => {
+            let known = Step::value_variants().iter().copied();
+            known.filter(|step| only.contains(step)).collect()
+        }
+    };
     let mut summary = Summary::default();
     for (number, &step) in chosen.iter().enumerate() {
         if summary.has_failed() {
@@ -164,6 +171,7 @@ fn run(
             Ok(Done::Passed(format!("{seeds} seeds")))
         }
         Step::Shuttle => shuttle(workspace, summary),
+        Step::KernelSelftests => kernel_selftests::step(workspace, summary),
     }
 }
 

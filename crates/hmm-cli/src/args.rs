@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::builder::PossibleValuesParser;
@@ -17,6 +18,7 @@ use crate::bench::ROWS;
   hmm info                     what this machine offers, and what to do about the rest
   hmm demo                     index this program's own executable on a software device
   hmm demo book.txt            the same with a file of yours
+  hmm run -- ./hmm-tests       a program with virtual HMM devices
   hmm bench --list             what can be measured
   hmm bench fault_4k_p50       one row of it
 
@@ -35,6 +37,8 @@ pub enum Command {
     Info(InfoOptions),
     /// Have a device walk and change a pointer-rich index of a real file
     Demo(DemoOptions),
+    /// Run a program with virtual HMM devices, /dev/hmm_dmirror0 and 1
+    Run(RunOptions),
     /// Measure the engine against memcpy and the barest userfaultfd handler
     Bench(BenchOptions),
 }
@@ -78,6 +82,34 @@ pub struct DemoOptions {
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
+}
+
+/// `hmm run`
+#[derive(Debug, Args)]
+#[command(
+    after_help = "The program, unmodified, sees the devices of Linux's HMM test driver (lib/test_hmm.c)
+with private memory, and so do the programs that it starts. What it does with them is
+done inside of its own process.
+
+Examples:
+  hmm run -- ./hmm-tests                       Linux's HMM self-tests
+  hmm run --device-memory 64 -- ./program -v   devices of 64 MiB each
+
+Exit status: the program's own; 127 when it cannot be started."
+)]
+pub struct RunOptions {
+    /// Memory of each device, in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 1024,
+          value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    pub device_memory: u64,
+    /// The program, and its arguments
+    #[arg(
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "PROGRAM"
+    )]
+    pub command: Vec<OsString>,
 }
 
 /// `hmm bench`

@@ -15,6 +15,7 @@ mod demo;
 )]
 mod floor;
 mod info;
+mod run;
 mod table;
 
 use std::io::{self, Write};
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Info(options) => info::run(&options),
         Command::Demo(options) => demo::run(&options),
+        Command::Run(options) => run::run(&options),
         Command::Bench(options) => bench::run(&options),
     };
     match result.and_then(|code| Ok(io::stdout().flush().map(|()| code)?)) {

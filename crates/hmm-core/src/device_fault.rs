@@ -20,7 +20,7 @@ use crate::upload::{Fate, Target};
 const MAX_IN_PLACE: usize = 1 << 14;
 
 /// What the page's state says about the fault.
-enum Found {
+pub(crate) enum Found {
     Mapped,
     InFlight,
     /// A frame that a forked child still needs as it is.
@@ -45,62 +45,75 @@ impl Engine<'_> {
         access: Access,
     ) -> Result<Resolution, DeviceFaultError> {
         self.stats.device_faults.fetch_add(1, Relaxed);
-        if self.is_closing() {
-            return Err(DeviceFaultError::ShuttingDown);
-        }
-        if self
-            .devices
-            .get(device)
-            .is_none_or(|slot| slot.is_retired())
-        {
-            return Err(DeviceFaultError::DeviceLost);
-        }
+        self.usable(device)?;
         // mprotect sends no event: what is allowed is asked at every fault.
         let mapping = self
             .mapping_at(address)
-            .filter(|mapping| mapping.permissions.read)
             .ok_or(DeviceFaultError::NotMapped { address })?;
-        if !mapping.permissions.allow(access) {
-            return Err(DeviceFaultError::ReadOnly { address });
-        }
-        let target = Target {
-            device,
-            access: if mapping.permissions.write {
-                Access::Write
-            } else {
-                Access::Read
-            },
-        };
+        Self::permits(&mapping, address, access)?;
+        let target = Target::of(device, &mapping);
         match self.map_resident(address, target, access) {
             Found::Mapped => Ok(Resolution::Mapped),
             Found::InFlight => Ok(Resolution::Retry),
             Found::Lost => Err(DeviceFaultError::DeviceLost),
-            Found::Unshare(page) => {
-                let Some(departure) = self.depart() else {
-                    return Err(DeviceFaultError::ShuttingDown);
-                };
-                let passed = self.step_between_devices(executor, page, device, target);
-                drop(departure);
-                match passed.fate {
-                    Fate::Stayed(StayReason::DeviceLost) => {
-                        return Err(DeviceFaultError::DeviceLost);
-                    }
-                    // Without room for a copy the page itself goes home.
-                    Fate::Stayed(StayReason::NoDeviceMemory)
-                        if !self.make_room(executor, device, page) =>
-                    {
-                        self.step_home(executor, page, Home::ahead());
-                    }
-                    _ => {}
-                }
-                Ok(Resolution::Retry)
-            }
+            Found::Unshare(page) => self.unshare_frame(executor, page, target),
             Found::Away => self.fetch_to_device(executor, device, address, &mapping, target),
         }
     }
 
+    /// Whether a device can be served at all.
+    pub(crate) fn usable(&self, device: DeviceId) -> Result<(), DeviceFaultError> {
+        if self.is_closing() {
+            return Err(DeviceFaultError::ShuttingDown);
+        }
+        match self.devices.get(device) {
+            Some(slot) if !slot.is_retired() => Ok(()),
+            _ => Err(DeviceFaultError::DeviceLost),
+        }
+    }
+
+    /// Whether a mapping allows a device's access.
+    pub(crate) fn permits(
+        mapping: &Mapping,
+        address: VirtAddr,
+        access: Access,
+    ) -> Result<(), DeviceFaultError> {
+        if !mapping.permissions.read {
+            return Err(DeviceFaultError::NotMapped { address });
+        }
+        if !mapping.permissions.allow(access) {
+            return Err(DeviceFaultError::ReadOnly { address });
+        }
+        Ok(())
+    }
+
+    /// Gives the device a frame of its own for a page whose frame a forked
+    /// child needs as it is.
+    pub(crate) fn unshare_frame(
+        &self,
+        executor: &mut Executor,
+        page: PageRange,
+        target: Target,
+    ) -> Result<Resolution, DeviceFaultError> {
+        let device = target.device;
+        let Some(departure) = self.depart() else {
+            return Err(DeviceFaultError::ShuttingDown);
+        };
+        let passed = self.step_between_devices(executor, page, device, target);
+        drop(departure);
+        match passed.fate {
+            Fate::Stayed(StayReason::DeviceLost) => return Err(DeviceFaultError::DeviceLost),
+            // Without room for a copy the page itself goes home.
+            Fate::Stayed(StayReason::NoDeviceMemory) if !self.make_room(executor, device, page) => {
+                self.step_home(executor, page, Home::ahead());
+            }
+            _ => {}
+        }
+        Ok(Resolution::Retry)
+    }
+
     /// Maps a page that is on the device already, with its neighbours.
-    fn map_resident(&self, address: VirtAddr, target: Target, access: Access) -> Found {
+    pub(crate) fn map_resident(&self, address: VirtAddr, target: Target, access: Access) -> Found {
         let map = self.gate.read();
         let Some(piece) = map.find(address) else {
             return Found::Away;
@@ -171,7 +184,20 @@ impl Engine<'_> {
                 }
             }
         };
-        // On another device, which cannot be used in place.
+        self.use_in_place(executor, page, target, reason)
+    }
+
+    /// Has the device use a page where it is, though it would rather have it:
+    /// `reason`. What is on another device comes home, as that cannot be used
+    /// in place.
+    pub(crate) fn use_in_place(
+        &self,
+        executor: &mut Executor,
+        page: PageRange,
+        target: Target,
+        reason: StayReason,
+    ) -> Result<Resolution, DeviceFaultError> {
+        let address = page.start();
         let step = self.step_home(executor, page, Home::ahead());
         match step.stuck {
             None | Some((_, StayReason::Busy)) => {}

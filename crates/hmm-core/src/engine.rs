@@ -186,6 +186,12 @@ impl<'env> Engine<'env> {
         self.devices.add(device).ok_or(AddDeviceError::TooMany)
     }
 
+    /// Brings everything home from a device. True when nothing is left on it;
+    /// what goes there at the same time may be.
+    pub fn vacate_device(&self, executor: &mut Executor, device: DeviceId) -> bool {
+        self.bring_all_home(executor, Some(device))
+    }
+
     /// Brings everything home from a device and lets nothing go there again.
     /// True when nothing is left on it.
     pub fn remove_device(&self, executor: &mut Executor, device: DeviceId) -> bool {

@@ -247,12 +247,7 @@ impl Engine<'_> {
 
     /// Brings home what is away in a range; pages in flight are left alone.
     /// Returns the number of pages that came.
-    pub(crate) fn bring_ahead(
-        &self,
-        executor: &mut Executor,
-        range: PageRange,
-        home: Home,
-    ) -> u64 {
+    pub(crate) fn bring_ahead(&self, executor: &mut Executor, range: PageRange, home: Home) -> u64 {
         let mut from = range.start();
         let mut moved = 0;
         while from < range.end() {

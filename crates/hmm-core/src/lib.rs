@@ -21,7 +21,7 @@
 //! | `fault`, `home` | a CPU touch; device memory to system memory |
 //! | `upload`, `fallback`, `transfer` | system memory to a device: by moving pages; by write-protecting them; between devices |
 //! | `migrate`, `evict` | requests and their reports; making room |
-//! | `device_fault` | a device's touch |
+//! | `device_fault`, `device_range` | a device's touch; a device's command on a range |
 //! | `mirror` | notifiers, snapshots and range faults |
 //! | `readahead` | how much to bring along |
 //! | `watch` | registering memory |
@@ -33,6 +33,7 @@
 
 mod children;
 mod device_fault;
+mod device_range;
 mod devices;
 mod engine;
 mod events;

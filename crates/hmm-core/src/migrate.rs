@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use hmm_hal::{Mapping, Presence};
 use hmm_mem::Vec;
 use hmm_types::{
-    Access, DeviceId, MemoryKind, PAGES_PER_BLOCK, PageCount, PageRange, PageResidency, StayReason,
+    DeviceId, MemoryKind, PAGES_PER_BLOCK, PageCount, PageRange, PageResidency, StayReason,
     VirtAddr,
 };
 
@@ -177,14 +177,7 @@ impl Engine<'_> {
         keep: PageRange,
         report: &mut MigrationReport,
     ) {
-        let target = Target {
-            device,
-            access: if mapping.permissions.write {
-                Access::Write
-            } else {
-                Access::Read
-            },
-        };
+        let target = Target::of(device, mapping);
         for span in mapping.range.blocks() {
             self.migrate_span(executor, span, target, keep, report);
         }

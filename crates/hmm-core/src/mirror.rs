@@ -6,13 +6,14 @@
 //! [`Engine::range_fault`]), take your own lock, and use what you found only if
 //! nothing was invalidated since ([`Engine::read_retry`]).
 
-use hmm_hal::{Presence, SpaceError};
+use hmm_hal::{CpuPage, SpaceError};
 use hmm_mem::Vec;
-use hmm_types::{Access, DeviceId, PageRange, PageResidency, StayReason};
+use hmm_types::{Access, BLOCK_PAGES, DeviceId, PageRange, PageResidency, StayReason};
 
 use crate::engine::{BUSY_LIMIT, Engine};
 use crate::executor::{BOUNCE_PAGES, Executor};
 use crate::home::Home;
+use crate::page::PageState;
 
 /// Notifiers that one engine has at most.
 const MAX_NOTIFIERS: usize = 1024;
@@ -83,10 +84,13 @@ pub enum MirrorEntry {
     None,
     /// A page of system memory.
     System {
-        /// The mapping lets it be written.
+        /// It can be written as it is: the mapping allows it, and it is not to
+        /// be copied first.
         write: bool,
         /// Part of a huge page.
         huge: bool,
+        /// The zero page.
+        zero: bool,
     },
     /// Away: on a device, exclusive, or in flight.
     Away {
@@ -94,6 +98,8 @@ pub enum MirrorEntry {
         residency: PageResidency,
         /// The mapping lets it be written.
         write: bool,
+        /// Part of a huge page that the device has as a whole.
+        huge: bool,
     },
 }
 
@@ -163,13 +169,12 @@ impl Engine<'_> {
                 .iter()
                 .any(|&(range, write): &(PageRange, bool)| write && range.contains(at))
         };
-        self.space.presence(range, &mut |part, presence| {
-            if let Presence::Present { huge } = presence {
-                for (entry, at) in entries[slots(part)].iter_mut().zip(part.iter_pages()) {
-                    if *entry == MirrorEntry::None {
-                        let write = may_write(at);
-                        *entry = MirrorEntry::System { write, huge };
-                    }
+        self.space.cpu_pages(range, &mut |part, page| {
+            let CpuPage { huge, zero, own } = page;
+            for (entry, at) in entries[slots(part)].iter_mut().zip(part.iter_pages()) {
+                if *entry == MirrorEntry::None {
+                    let write = own && may_write(at);
+                    *entry = MirrorEntry::System { write, huge, zero };
                 }
             }
         })?;
@@ -179,11 +184,47 @@ impl Engine<'_> {
             .zip(range.iter_pages())
         {
             if residency != PageResidency::System && *entry != MirrorEntry::Error {
-                let write = may_write(at);
-                *entry = MirrorEntry::Away { residency, write };
+                *entry = MirrorEntry::Away {
+                    residency,
+                    write: may_write(at),
+                    huge: false,
+                };
             }
         }
+        self.huge_blocks(range, |part| {
+            for entry in &mut entries[slots(part)] {
+                if let MirrorEntry::Away { huge, .. } = entry {
+                    *huge = true;
+                }
+            }
+        });
         Ok(entries)
+    }
+
+    /// Visits what of a range is part of huge pages that left as such and are
+    /// on one device as a whole.
+    fn huge_blocks(&self, range: PageRange, mut visit: impl FnMut(PageRange)) {
+        let map = self.gate.read();
+        for piece in map.overlapping(range) {
+            let block = map.block(piece.block);
+            let inner = block.lock();
+            let whole = block
+                .place_of(0, BLOCK_PAGES)
+                .is_some_and(|place| place.pages().get() == u64::from(BLOCK_PAGES));
+            if !(inner.huge && whole) {
+                continue;
+            }
+            let PageState::Device { device, .. } = inner.state(0) else {
+                continue;
+            };
+            let there = |index| match inner.state(index) {
+                PageState::Device { device: on, .. } => on == device,
+                _ => false,
+            };
+            if (0..BLOCK_PAGES).all(there) {
+                visit(piece.range());
+            }
+        }
     }
 
     /// Makes the pages of a range present for an access, then looks as
@@ -217,10 +258,12 @@ impl Engine<'_> {
                 let wants_write = access == Access::Write;
                 match *entry {
                     MirrorEntry::Error => return Err((page, StayReason::NotMapped)),
-                    MirrorEntry::System { write, .. } | MirrorEntry::Away { write, .. }
-                        if wants_write && !write =>
-                    {
+                    MirrorEntry::Away { write: false, .. } if wants_write => {
                         return Err((page, StayReason::NoAccess));
+                    }
+                    MirrorEntry::System { write: false, .. } if wants_write => {
+                        complete = false;
+                        self.touch(executor, page, access)?;
                     }
                     MirrorEntry::System { .. } => {}
                     MirrorEntry::Away { residency, .. } if owned(residency) => {}

@@ -14,7 +14,7 @@
 
 use std::sync::atomic::Ordering::Relaxed;
 
-use hmm_hal::{DeviceError, Presence, SpaceId, Stop, Transfer};
+use hmm_hal::{DeviceError, Mapping, Presence, SpaceId, Stop, Transfer};
 use hmm_types::{
     Access, DeviceId, FrameRange, PAGES_PER_BLOCK, PageCount, PageRange, StayReason, VirtAddr,
 };
@@ -98,6 +98,19 @@ pub(crate) struct Target {
     pub(crate) device: DeviceId,
     /// Whether the mapping lets the device write.
     pub(crate) access: Access,
+}
+
+impl Target {
+    pub(crate) const fn of(device: DeviceId, mapping: &Mapping) -> Self {
+        Self {
+            device,
+            access: if mapping.permissions.write {
+                Access::Write
+            } else {
+                Access::Read
+            },
+        }
+    }
 }
 
 impl Engine<'_> {

@@ -128,6 +128,15 @@ pub enum Resolution {
     Retry,
 }
 
+/// What a command may have done about pages that its device has no mapping for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// Nothing: only what the device has already, in its memory or exclusively.
+    Resident,
+    /// Everything else is made present and used in place.
+    Present,
+}
+
 /// Why a device's access is in error. The program's data is unchanged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -173,6 +182,34 @@ pub trait FaultHandler: Sync {
         address: VirtAddr,
         access: Access,
     ) -> Result<Resolution, DeviceFaultError>;
+
+    /// A command of `device` works on a whole range: its pages are made usable
+    /// where they are, as far as `reach` says. Returns how many pages from the
+    /// start of the range are entered into the device's page table. Called as
+    /// [`FaultHandler::device_fault`] is.
+    ///
+    /// # Errors
+    /// [`DeviceFaultError`], when an access to the range is in error.
+    ///
+    /// This one is for those who know single pages only.
+    fn fault_range(
+        &self,
+        device: DeviceId,
+        range: PageRange,
+        access: Access,
+        reach: Reach,
+    ) -> Result<PageCount, DeviceFaultError> {
+        let mut pages = PageCount::ZERO;
+        if reach == Reach::Present {
+            for page in range.iter_pages() {
+                match self.device_fault(device, page, access)? {
+                    Resolution::Mapped => pages += PageCount::ONE,
+                    Resolution::Retry => break,
+                }
+            }
+        }
+        Ok(pages)
+    }
 
     /// A command begins: called on each of the device's threads that works on
     /// it, without locks, before its first access. When it returns, changes of

@@ -13,11 +13,12 @@ mod event;
 mod space;
 
 pub use device::{
-    Device, DeviceError, DeviceFaultError, DeviceInfo, FaultHandler, Fence, Resolution, Transfer,
+    Device, DeviceError, DeviceFaultError, DeviceInfo, FaultHandler, Fence, Reach, Resolution,
+    Transfer,
 };
 pub use event::{Event, FaultKind, SpaceId};
 pub use space::{
-    AddressSpace, Capabilities, Mapping, Presence, Progress, RegisterError, SpaceError,
+    AddressSpace, Capabilities, CpuPage, Mapping, Presence, Progress, RegisterError, SpaceError,
     StagingLayout, Stop,
 };
 

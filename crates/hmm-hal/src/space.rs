@@ -62,6 +62,19 @@ pub enum Presence {
     },
 }
 
+/// What a device that mirrors the CPU's page table wants to know of a page that
+/// is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CpuPage {
+    /// Mapped by a huge entry.
+    pub huge: bool,
+    /// The zero page.
+    pub zero: bool,
+    /// A write would change this very page, if the mapping allows writes: it
+    /// is not shared copy-on-write, nor a file's page in a private mapping.
+    pub own: bool,
+}
+
 /// Why an operation on several pages stopped before the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
@@ -175,6 +188,27 @@ pub trait AddressSpace: Sync {
     /// A hole that meets a page counts as done, or stops with
     /// [`Stop::Exists`]: only move holes to where holes are.
     fn move_pages(&self, from: PageRange, to: VirtAddr) -> Progress;
+
+    /// Visits the pages of a range that are there, as runs in order.
+    ///
+    /// # Errors
+    /// When the kernel's tables cannot be read.
+    fn cpu_pages(
+        &self,
+        range: PageRange,
+        visit: &mut dyn FnMut(PageRange, CpuPage),
+    ) -> Result<(), SpaceError> {
+        self.presence(range, &mut |span, presence| {
+            if let Presence::Present { huge } = presence {
+                let page = CpuPage {
+                    huge,
+                    zero: false,
+                    own: true,
+                };
+                visit(span, page);
+            }
+        })
+    }
 
     /// Places copies of `to.pages()` pages that begin at `from` (engine memory)
     /// at `to` in a space. Wakes nobody.

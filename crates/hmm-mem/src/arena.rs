@@ -67,6 +67,26 @@ pub fn reserve() -> bool {
     !arena.base.is_null() || arena.reserve().is_some()
 }
 
+/// Keeps the arena as it is while a thread forks, so that the child does not
+/// find it locked by a thread that it does not have.
+#[must_use]
+pub fn hold_for_fork() -> ForkHold {
+    ForkHold {
+        _arena: ARENA.lock().unwrap_or_else(PoisonError::into_inner),
+    }
+}
+
+/// See [`hold_for_fork`]; to be dropped in parent and child.
+pub struct ForkHold {
+    _arena: std::sync::MutexGuard<'static, Arena>,
+}
+
+impl std::fmt::Debug for ForkHold {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ForkHold")
+    }
+}
+
 /// Bytes of the arena that are handed out now, rounded up to the sizes in
 /// which it hands them out.
 #[must_use]

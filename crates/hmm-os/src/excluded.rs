@@ -6,10 +6,10 @@
 
 use std::ffi::{c_int, c_void};
 
-use hmm_sync::{Mutex, Rank};
+use hmm_sync::{Mutex, MutexGuard, Rank};
 use hmm_types::{PageRange, VirtAddr};
 
-struct Lists {
+pub(crate) struct Lists {
     /// Added and taken away one by one.
     ranges: hmm_mem::Vec<PageRange>,
     /// Writable data of loaded objects, as of the last look.
@@ -23,6 +23,22 @@ static EXCLUDED: Mutex<Lists> = Mutex::new(
         modules: hmm_mem::vec(),
     },
 );
+
+/// Keeps the lists as they are while a thread forks.
+pub(crate) fn hold() -> ExcludedHold {
+    ExcludedHold(EXCLUDED.lock())
+}
+
+/// See [`hold`].
+pub(crate) struct ExcludedHold(MutexGuard<'static, Lists>);
+
+impl ExcludedHold {
+    /// In a forked child: what was excluded was memory of threads that do not
+    /// exist here, and of an engine that has stayed in the parent.
+    pub(crate) fn clear(&mut self) {
+        self.0.ranges.clear();
+    }
+}
 
 /// Keeps a range where it is: memory that a device or an engine thread needs
 /// in order to work. Excluding one twice takes two [`include()`]s to undo.

@@ -51,6 +51,7 @@ pub use excluded::{exclude, include, refresh_modules};
 pub use fatal::{die, warn};
 pub use forks::{ForkHooks, guard_forks, unguard_forks};
 pub use probe::{Finding, Machine};
+pub use refusal::has_registered_memory;
 pub use space::LinuxSpace;
 pub use staging::StagingConfig;
 pub use thread::{EngineThread, allowed_cpus, catching, is_engine_thread, uncatching};

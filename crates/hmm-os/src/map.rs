@@ -20,6 +20,8 @@ pub(crate) struct Vma {
     pub(crate) range: PageRange,
     pub(crate) permissions: Permissions,
     pub(crate) kind: MemoryKind,
+    /// Writes reach whatever backs it.
+    pub(crate) shared: bool,
 }
 
 /// An open map.
@@ -132,6 +134,7 @@ impl Map {
                 execute: has(flag::PROCMAP_QUERY_VMA_EXECUTABLE),
             },
             kind,
+            shared: has(flag::PROCMAP_QUERY_VMA_SHARED),
         }))
     }
 
@@ -172,6 +175,7 @@ pub(crate) fn parse_line(line: &[u8]) -> Option<Vma> {
             execute: modes[2] == b'x',
         },
         kind: classify(name, inode, modes[3] == b's'),
+        shared: modes[3] == b's',
     })
 }
 

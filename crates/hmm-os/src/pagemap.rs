@@ -6,8 +6,8 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
-use hmm_hal::Presence;
-use hmm_types::{PAGE_SIZE, PageRange, VirtAddr};
+use hmm_hal::{CpuPage, Presence};
+use hmm_types::{PAGE_SIZE, PageCount, PageRange, VirtAddr};
 use linux_raw_sys::general as raw;
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::{Errno, Result, pread};
@@ -18,6 +18,14 @@ use crate::abi;
 const REGIONS: usize = 64;
 /// Pages that one read of the plain page map reports.
 const WORDS: usize = 512;
+
+const HUGE: u64 = raw::PAGE_IS_HUGE as u64;
+const ZERO: u64 = raw::PAGE_IS_PFNZERO as u64;
+const FILE: u64 = raw::PAGE_IS_FILE as u64;
+/// Bits 63 and 62, 61, and 56 of a word, in its last byte.
+const PRESENT_OR_SWAPPED: u8 = 0b1100_0000;
+const FILE_OR_SHARED: u8 = 0b0010_0000;
+const EXCLUSIVE: u8 = 0b0000_0001;
 
 /// An open page map.
 #[derive(Debug)]
@@ -60,15 +68,71 @@ impl Pagemap {
         range: PageRange,
         visit: &mut dyn FnMut(PageRange, Presence),
     ) -> Result<()> {
+        let mut visited = range.start();
+        self.scan(range, 0, &mut |span, categories| {
+            if visited < span.start() {
+                visit(PageRange::span(visited, span.start()), Presence::Hole);
+            }
+            let huge = categories & HUGE != 0;
+            visit(span, Presence::Present { huge });
+            visited = span.end();
+        })?;
+        if visited < range.end() {
+            visit(PageRange::span(visited, range.end()), Presence::Hole);
+        }
+        Ok(())
+    }
+
+    /// Visits the pages that are there, with what a mirror wants to know;
+    /// `shared` says what kind of mapping the range lies in.
+    pub(crate) fn visit_pages(
+        &self,
+        range: PageRange,
+        shared: bool,
+        visit: &mut dyn FnMut(PageRange, CpuPage),
+    ) -> Result<()> {
+        let mut spans = |span, categories: u64| {
+            let zero = categories & ZERO != 0;
+            let huge = categories & HUGE != 0;
+            let private = !zero && categories & FILE == 0;
+            self.each_word(span, &mut |page, word| {
+                let own = shared || (private && word[7] & EXCLUSIVE != 0);
+                visit(page, CpuPage { huge, zero, own });
+            })
+        };
+        if self.scan {
+            let mut result = Ok(());
+            self.scan(range, ZERO | FILE, &mut |span, categories| {
+                result = result.and_then(|()| spans(span, categories));
+            })?;
+            return result;
+        }
+        // One word does not tell the zero page from another's.
+        self.each_word(range, &mut |page, word| {
+            if word[7] & PRESENT_OR_SWAPPED != 0 {
+                let anonymous = word[7] & FILE_OR_SHARED == 0;
+                let own = shared || (anonymous && word[7] & EXCLUSIVE != 0);
+                let (huge, zero) = (false, false);
+                visit(page, CpuPage { huge, zero, own });
+            }
+        })
+    }
+
+    /// Visits runs that are present or swapped out, with their categories, of
+    /// which `also` are asked for.
+    fn scan(
+        &self,
+        range: PageRange,
+        also: u64,
+        visit: &mut dyn FnMut(PageRange, u64),
+    ) -> Result<()> {
         let present = u64::from(raw::PAGE_IS_PRESENT | raw::PAGE_IS_SWAPPED);
-        let huge = u64::from(raw::PAGE_IS_HUGE);
         let empty = abi::page_region {
             start: 0,
             end: 0,
             categories: 0,
         };
         let mut regions = [empty; REGIONS];
-        let mut visited = range.start();
         let mut at = range.start();
         while at < range.end() {
             let mut argument = abi::pm_scan_arg {
@@ -83,7 +147,7 @@ impl Pagemap {
                 category_inverted: 0,
                 category_mask: 0,
                 category_anyof_mask: present,
-                return_mask: present | huge,
+                return_mask: present | HUGE | also,
             };
             // SAFETY: the structure is the one that PAGEMAP_SCAN takes; it
             // writes at most REGIONS entries into the array. No flag asks for
@@ -93,21 +157,13 @@ impl Pagemap {
             for region in &regions[..count] {
                 let start = VirtAddr::new(region.start);
                 let end = VirtAddr::new(region.end);
-                if visited < start {
-                    visit(PageRange::span(visited, start), Presence::Hole);
-                }
-                let huge = region.categories & huge != 0;
-                visit(PageRange::span(start, end), Presence::Present { huge });
-                visited = end;
+                visit(PageRange::span(start, end), region.categories);
             }
             let walked = VirtAddr::new(argument.walk_end);
             if walked <= at {
                 return Err(Errno::IO); // it would never end
             }
             at = walked;
-        }
-        if visited < range.end() {
-            visit(PageRange::span(visited, range.end()), Presence::Hole);
         }
         Ok(())
     }
@@ -117,10 +173,29 @@ impl Pagemap {
         range: PageRange,
         visit: &mut dyn FnMut(PageRange, Presence),
     ) -> Result<()> {
-        const PRESENT_OR_SWAPPED: u8 = 0b1100_0000; // bits 63 and 62 of a word
+        let mut run: Option<(VirtAddr, bool)> = None;
+        self.each_word(range, &mut |page, word| {
+            let at = page.start();
+            let present = word[7] & PRESENT_OR_SWAPPED != 0;
+            match run {
+                Some((_, before)) if before == present => {}
+                Some((start, before)) => {
+                    visit(PageRange::span(start, at), presence(before));
+                    run = Some((at, present));
+                }
+                None => run = Some((at, present)),
+            }
+        })?;
+        if let Some((start, present)) = run {
+            visit(PageRange::span(start, range.end()), presence(present));
+        }
+        Ok(())
+    }
+
+    /// Visits the words of the plain page map.
+    fn each_word(&self, range: PageRange, visit: &mut dyn FnMut(PageRange, &[u8])) -> Result<()> {
         let mut bytes = [0; WORDS * 8];
         let mut at = range.start();
-        let mut run: Option<(VirtAddr, bool)> = None;
         while at < range.end() {
             let left = usize::try_from(range.end().pages_since(at)).unwrap_or(WORDS);
             let wanted = &mut bytes[..left.min(WORDS) * 8];
@@ -129,20 +204,9 @@ impl Pagemap {
                 return Err(Errno::IO);
             }
             for word in bytes[..got * 8].chunks_exact(8) {
-                let present = word[7] & PRESENT_OR_SWAPPED != 0;
-                match run {
-                    Some((_, before)) if before == present => {}
-                    Some((start, before)) => {
-                        visit(PageRange::span(start, at), presence(before));
-                        run = Some((at, present));
-                    }
-                    None => run = Some((at, present)),
-                }
+                visit(PageRange::from_pages(at, PageCount::ONE), word);
                 at = at.plus_pages(1);
             }
-        }
-        if let Some((start, present)) = run {
-            visit(PageRange::span(start, range.end()), presence(present));
         }
         Ok(())
     }

@@ -4,8 +4,6 @@ use hmm_hal::{Progress, Stop};
 use hmm_types::{PageCount, PageRange, VirtAddr};
 use rustix::io::Errno;
 
-use crate::region::BytesUsize;
-
 /// Has the kernel copy pages of this process, so that a page which cannot be
 /// read is an error and no signal. The kernel copies what it can and tells how
 /// much that was; the bytes before the first page refused are always copied.

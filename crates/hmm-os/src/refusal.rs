@@ -89,6 +89,16 @@ pub(crate) fn visit_registered(range: PageRange, visit: &mut dyn FnMut(PageRange
     })
 }
 
+/// Whether a userfaultfd has registered memory of this process.
+///
+/// # Errors
+/// When the process's map cannot be read.
+pub fn has_registered_memory() -> std::io::Result<bool> {
+    let mut found = false;
+    visit_flagged(b"um", &mut |_| found = true)?;
+    Ok(found)
+}
+
 fn visit_flagged(flag: &[u8], visit: &mut dyn FnMut(PageRange)) -> Result<()> {
     let flags = OFlags::CLOEXEC | OFlags::RDONLY;
     let smaps = open(c"/proc/self/smaps", flags, Mode::empty())?;

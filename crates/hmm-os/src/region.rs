@@ -107,15 +107,3 @@ impl Drop for Region {
         let _ = unsafe { munmap(self.start, self.range.pages().bytes_usize()) };
     }
 }
-
-/// Sizes as the system calls take them.
-pub(crate) trait BytesUsize {
-    /// The size in bytes.
-    fn bytes_usize(self) -> usize;
-}
-
-impl BytesUsize for hmm_types::PageCount {
-    fn bytes_usize(self) -> usize {
-        VirtAddr::new(self.bytes().get()).addr()
-    }
-}

@@ -6,8 +6,8 @@ use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use hmm_hal::{
-    AddressSpace, Capabilities, Event, Mapping, Presence, Progress, RegisterError, SpaceError,
-    SpaceId, StagingLayout, Stop,
+    AddressSpace, Capabilities, CpuPage, Event, Mapping, Presence, Progress, RegisterError,
+    SpaceError, SpaceId, StagingLayout, Stop,
 };
 use hmm_sync::assert_none_held;
 use hmm_types::{MemoryKind, PageCount, PageRange, StayReason, VirtAddr};
@@ -24,7 +24,6 @@ use crate::message::{Message, translate};
 use crate::pagemap::Pagemap;
 use crate::peek;
 use crate::refusal;
-use crate::region::BytesUsize;
 use crate::staging::Staging;
 use crate::thread::table;
 use crate::thread_memory::ThreadMemory;
@@ -360,6 +359,23 @@ impl AddressSpace for LinuxSpace {
     ) -> Result<(), SpaceError> {
         let result = self.parts().pagemap.visit(range, visit);
         result.map_err(|error| failed("reading the page map", error))
+    }
+
+    fn cpu_pages(
+        &self,
+        range: PageRange,
+        visit: &mut dyn FnMut(PageRange, CpuPage),
+    ) -> Result<(), SpaceError> {
+        let parts = self.parts();
+        let mut seen = Ok(());
+        let found = parts.map.visit(range, &mut |vma| {
+            if let Some(part) = vma.range.intersection(range) {
+                seen = seen.and_then(|()| parts.pagemap.visit_pages(part, vma.shared, visit));
+            }
+        });
+        found
+            .and(seen)
+            .map_err(|error| failed("reading the page map", error))
     }
 
     fn explain_refusal(&self, page: PageRange) -> Option<StayReason> {

@@ -10,6 +10,7 @@ use hmm_hal::{DeviceFaultError, Resolution};
 use hmm_types::{Access, PAGE_SIZE, USER_END, VirtAddr};
 
 use crate::copy::read_ahead;
+use crate::page_table::LeafAddress;
 use crate::shootdown::{Shootdown, WorkerSlot};
 use crate::tlb::Tlb;
 use crate::{KernelError, Plain, SoftDevice};
@@ -190,7 +191,7 @@ impl Context {
 
     /// The access, if the TLB and the page table allow it as they are.
     #[inline(always)]
-    fn in_section<const WRITE: bool, R>(
+    pub(crate) fn in_section<const WRITE: bool, R>(
         &self,
         address: usize,
         operation: &impl Fn(*mut u8) -> R,
@@ -233,10 +234,7 @@ impl Context {
         let access = if write { Access::Write } else { Access::Read };
         loop {
             if let Some(found) = self.device.table().leaf(address) {
-                if self.tlb.find(address).is_none() {
-                    counters.tlb_misses.bump();
-                    self.tlb.fill(address, found);
-                }
+                self.cache_leaf(address, found);
                 // SAFETY: leaves stay until the device is closed, which waits
                 // for this worker's end.
                 let entry = unsafe { (*found.leaf).entry(address) };
@@ -276,10 +274,43 @@ impl Context {
         }
     }
 
+    pub(crate) const fn device(&self) -> &'static SoftDevice {
+        self.device
+    }
+
+    /// The worker waits for the engine until the value is dropped.
+    pub(crate) fn pause(&self) -> crate::shootdown::Paused<'static> {
+        self.shootdown.pause()
+    }
+
+    /// This worker's page for data that is on its way.
+    pub(crate) fn bounce_page(&self) -> *mut u8 {
+        ptr::from_ref(&*self.bounce).cast_mut().cast()
+    }
+
+    /// Has the TLB know a leaf.
+    pub(crate) fn cache_leaf(&self, address: usize, found: LeafAddress) {
+        if self.tlb.find(address).is_none() {
+            self.slot.counters.tlb_misses.bump();
+            self.tlb.fill(address, found);
+        }
+    }
+
+    /// Whether bytes may be touched in an access section: this worker's stack
+    /// and the engine's memory never migrate.
+    pub(crate) fn never_faults(&self, at: *const u8, len: usize) -> bool {
+        let in_arena = || {
+            hmm_mem::arena_range().is_some_and(|arena| {
+                arena.start().addr() <= at.addr() && at.addr() + len <= arena.end().addr()
+            })
+        };
+        self.on_own_stack(at, len) || in_arena()
+    }
+
     /// Reads bytes, page by page.
     fn copy_in(&self, address: usize, into: *mut u8, len: usize) -> Result<(), KernelError> {
         let direct = self.on_own_stack(into, len);
-        let bounce: *mut u8 = ptr::from_ref(&*self.bounce).cast_mut().cast();
+        let bounce = self.bounce_page();
         for_pages(address, len, |address, offset, len| {
             // SAFETY: the caller has `offset + len` bytes there.
             let into = unsafe { into.add(offset) };
@@ -300,7 +331,7 @@ impl Context {
     /// Writes bytes, page by page.
     fn copy_out(&self, address: usize, from: *const u8, len: usize) -> Result<(), KernelError> {
         let direct = self.on_own_stack(from, len);
-        let bounce: *mut u8 = ptr::from_ref(&*self.bounce).cast_mut().cast();
+        let bounce = self.bounce_page();
         for_pages(address, len, |address, offset, len| {
             // SAFETY: the caller has `offset + len` bytes there.
             let from = unsafe { from.add(offset) };

@@ -6,7 +6,8 @@ use std::sync::{OnceLock, PoisonError};
 use std::time::Instant;
 
 use hmm_hal::{
-    Device, DeviceError, DeviceFaultError, DeviceInfo, FaultHandler, Fence, Resolution, Transfer,
+    Device, DeviceError, DeviceFaultError, DeviceInfo, FaultHandler, Fence, Reach, Resolution,
+    Transfer,
 };
 use hmm_sync::{Mutex, Rank};
 use hmm_types::{Access, DeviceId, FrameRange, PAGE_SHIFT, PageCount, PageRange, VirtAddr};
@@ -283,12 +284,29 @@ impl SoftDevice {
         &self.board
     }
 
-    /// A kernel's fault, on its way to the engine.
+    /// Has the engine resolve a fault of a kernel. Called on a worker.
     pub(crate) fn fault(
         &self,
         address: VirtAddr,
         access: Access,
     ) -> Result<Resolution, DeviceFaultError> {
+        self.ask_engine(|id, handler| handler.device_fault(id, address, access))
+    }
+
+    /// Has the engine make a range usable for a command. Called on a worker.
+    pub(crate) fn fault_range(
+        &self,
+        range: PageRange,
+        access: Access,
+        reach: Reach,
+    ) -> Result<PageCount, DeviceFaultError> {
+        self.ask_engine(|id, handler| handler.fault_range(id, range, access, reach))
+    }
+
+    fn ask_engine<R>(
+        &self,
+        ask: impl FnOnce(DeviceId, &'static dyn FaultHandler) -> Result<R, DeviceFaultError>,
+    ) -> Result<R, DeviceFaultError> {
         if self.closed.load(Ordering::Relaxed) {
             return Err(DeviceFaultError::ShuttingDown);
         }
@@ -300,9 +318,9 @@ impl SoftDevice {
         };
         // An engine that panics must not be taken for a kernel that does.
         let bomb = AbortOnUnwind("the engine resolved a device fault");
-        let resolution = handler.device_fault(id, address, access);
+        let answer = ask(id, handler);
         bomb.defuse();
-        resolution
+        answer
     }
 
     pub(crate) fn wait_for_progress(&self) {

@@ -70,6 +70,7 @@ mod page_table;
 mod plain;
 mod pointer;
 mod queue;
+mod range_access;
 mod shootdown;
 mod stats;
 mod tlb;

@@ -123,6 +123,15 @@ impl PageCount {
         }
     }
 
+    /// The same as the length of memory.
+    ///
+    /// # Panics
+    /// As [`PageCount::bytes`].
+    #[must_use]
+    pub const fn bytes_usize(self) -> usize {
+        Self(self.bytes().get()).index()
+    }
+
     /// Sum, saturating: page counts are totals and limits, never addresses.
     #[must_use]
     pub const fn plus(self, other: Self) -> Self {

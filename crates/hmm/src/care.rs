@@ -127,6 +127,11 @@ fn carry_out(host: &Host, executor: &mut Executor, request: Request) -> Outcome 
         Request::Exclusive(range, device) => {
             Outcome::Report(host.engine.exclusive(executor, range, device))
         }
+        Request::Snapshot(range) => Outcome::Entries(host.engine.snapshot(range)),
+        Request::Check(range, access) => {
+            Outcome::Checked(host.engine.permitted(range, access).map(drop))
+        }
+        Request::Vacate(device) => Outcome::Clean(host.engine.vacate_device(executor, device)),
         Request::RemoveDevice(device) => {
             Outcome::Clean(host.engine.remove_device(executor, device))
         }

@@ -3,15 +3,15 @@
 use std::cell::RefCell;
 use std::io;
 
-use hmm_core::Executor;
-use hmm_hal::{Device, DeviceFaultError, FaultHandler, Resolution};
+use hmm_core::{Engine, Executor};
+use hmm_hal::{Device, DeviceFaultError, FaultHandler, Reach, Resolution};
 use hmm_mem::Pages;
 use hmm_os::EngineThread;
 use hmm_soft::{
     Context, Injector, Join, KernelError, LaunchError, LaunchReport, SoftConfig, SoftDevice,
     SoftStats, Spawn,
 };
-use hmm_types::{Access, ByteCount, DeviceId, VirtAddr};
+use hmm_types::{Access, ByteCount, DeviceId, PageCount, PageRange, VirtAddr};
 
 use crate::host::Host;
 use crate::{Error, care};
@@ -202,13 +202,13 @@ thread_local! {
     static EXECUTOR: RefCell<Option<(hmm_mem::Box<Executor>, Pages)>> = const { RefCell::new(None) };
 }
 
-impl FaultHandler for Faults {
-    fn device_fault(
+impl Faults {
+    /// Calls the engine with what this thread of a device needs for it.
+    fn with_executor<R>(
         &self,
-        device: DeviceId,
         address: VirtAddr,
-        access: Access,
-    ) -> Result<Resolution, DeviceFaultError> {
+        call: impl FnOnce(&Engine<'static>, &mut Executor) -> Result<R, DeviceFaultError>,
+    ) -> Result<R, DeviceFaultError> {
         hmm_os::uncatching(|| {
             EXECUTOR.with_borrow_mut(|executor| {
                 if executor.is_none() {
@@ -222,13 +222,35 @@ impl FaultHandler for Faults {
                     *executor = Some((hmm_mem::boxed(worker), bounce));
                 }
                 match executor {
-                    Some((executor, _)) => self
-                        .0
-                        .engine
-                        .device_fault(executor, device, address, access),
+                    Some((executor, _)) => call(&self.0.engine, executor),
                     None => unreachable!("made above"),
                 }
             })
+        })
+    }
+}
+
+impl FaultHandler for Faults {
+    fn device_fault(
+        &self,
+        device: DeviceId,
+        address: VirtAddr,
+        access: Access,
+    ) -> Result<Resolution, DeviceFaultError> {
+        self.with_executor(address, |engine, executor| {
+            engine.device_fault(executor, device, address, access)
+        })
+    }
+
+    fn fault_range(
+        &self,
+        device: DeviceId,
+        range: PageRange,
+        access: Access,
+        reach: Reach,
+    ) -> Result<PageCount, DeviceFaultError> {
+        self.with_executor(range.start(), |engine, executor| {
+            engine.fault_range(executor, device, range, access, reach)
         })
     }
 

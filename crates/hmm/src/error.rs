@@ -63,6 +63,9 @@ pub enum Error {
     /// The engine has no memory for its tables.
     #[error("the engine's own memory is exhausted; see `ulimit -v`")]
     EngineMemory,
+    /// The range does not allow the access.
+    #[error(transparent)]
+    Access(#[from] hmm_hal::DeviceFaultError),
     /// The kernel's tables could not be read.
     #[error(transparent)]
     System(#[from] hmm_hal::SpaceError),

@@ -2,15 +2,15 @@
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use hmm_core::{Destination, Engine, StatsSnapshot};
+use hmm_core::{Destination, Engine, MirrorEntry, StatsSnapshot};
 use hmm_hal::Device;
 use hmm_mem::Pages;
 use hmm_os::{EngineThread, EngineThreads, LinuxSpace, MonotonicClock};
 use hmm_soft::SoftDevice;
 use hmm_sync::{Condvar, Mutex, Rank};
-use hmm_types::{ByteCount, DeviceId, MAX_DEVICES, PageCount, PageRange, PageResidency};
+use hmm_types::{Access, ByteCount, DeviceId, MAX_DEVICES, PageCount, PageRange, PageResidency};
 
 use crate::builder::Builder;
 use crate::care::{self, Heartbeat};
@@ -88,7 +88,7 @@ impl Host {
         }
         match self.ask(Request::RemoveDevice(device))? {
             Outcome::Clean(clean) => Ok(clean),
-            Outcome::Report(_) => unreachable!("removing a device reports no pages"),
+            other => unreachable!("removing a device came to {other:?}"),
         }
     }
 
@@ -331,6 +331,75 @@ impl Hmm {
                 Err(Error::NotMapped { range: only.range })
             }
             _ => Ok(report),
+        }
+    }
+
+    /// What a device that mirrors this process sees in a range, one entry for
+    /// each page; makes nothing present. (The kernel's `hmm_range_fault()`
+    /// without a fault.)
+    ///
+    /// # Errors
+    /// When the range is empty or no memory of the process, or the kernel's
+    /// tables cannot be read.
+    pub fn snapshot(&self, range: PageRange) -> Result<Vec<MirrorEntry>, Error> {
+        match self.host().ask(Request::Snapshot(range))? {
+            Outcome::Entries(entries) => {
+                let entries = entries?;
+                let mut copy = Vec::with_capacity(entries.len());
+                copy.extend_from_slice(&entries);
+                Ok(copy)
+            }
+            other => unreachable!("a snapshot came to {other:?}"),
+        }
+    }
+
+    /// Whether all of a range is mapped and allows a device an access.
+    ///
+    /// # Errors
+    /// [`Error::Access`] tells the first page that does not.
+    pub fn check(&self, range: PageRange, access: Access) -> Result<(), Error> {
+        match self.host().ask(Request::Check(range, access))? {
+            Outcome::Checked(result) => Ok(result?),
+            other => unreachable!("a check came to {other:?}"),
+        }
+    }
+
+    /// Whether forked children still wait for pages that were on a device when
+    /// they were forked. Should this process end before they have them, they
+    /// would read zeros.
+    #[must_use]
+    pub fn owes_children(&self) -> bool {
+        self.host().engine.owes_children()
+    }
+
+    /// In a forked child whose parent has an engine, before another one is
+    /// opened here: waits until the parent has handed over the pages that were
+    /// on its devices, or a time has passed. True when nothing is left there.
+    #[must_use]
+    pub fn await_handover(patience: Duration) -> bool {
+        const NAP: Duration = Duration::from_millis(2);
+        let since = Instant::now();
+        loop {
+            if !hmm_os::has_registered_memory().unwrap_or(true) {
+                return true;
+            }
+            if since.elapsed() >= patience {
+                return false;
+            }
+            std::thread::sleep(NAP);
+        }
+    }
+
+    /// Brings everything home from a device, which can be used again. True when
+    /// nothing was left on it.
+    ///
+    /// # Errors
+    /// As [`Hmm::migrate`].
+    pub fn vacate(&self, device: DeviceId) -> Result<bool, Error> {
+        self.known(device)?;
+        match self.host().ask(Request::Vacate(device))? {
+            Outcome::Clean(clean) => Ok(clean),
+            other => unreachable!("vacating a device came to {other:?}"),
         }
     }
 

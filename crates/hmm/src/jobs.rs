@@ -11,9 +11,10 @@
 
 use std::time::Duration;
 
-use hmm_core::{Destination, MigrationReport};
+use hmm_core::{Destination, MigrationReport, MirrorEntry};
+use hmm_hal::{DeviceFaultError, SpaceError};
 use hmm_sync::{Condvar, Mutex, Rank};
-use hmm_types::{BLOCK_PAGES, DeviceId, PageRange};
+use hmm_types::{Access, BLOCK_PAGES, DeviceId, PageRange};
 
 use crate::host::Host;
 use crate::{Error, Report};
@@ -39,6 +40,11 @@ pub(crate) enum Request {
         to: Destination,
     },
     Exclusive(PageRange, DeviceId),
+    Snapshot(PageRange),
+    /// Whether a range allows an access.
+    Check(PageRange, Access),
+    /// Everything comes home from a device, which stays.
+    Vacate(DeviceId),
     RemoveDevice(DeviceId),
     ShutDown,
 }
@@ -47,6 +53,8 @@ pub(crate) enum Request {
 #[derive(Debug)]
 pub(crate) enum Outcome {
     Report(MigrationReport),
+    Checked(Result<(), DeviceFaultError>),
+    Entries(Result<hmm_mem::Vec<MirrorEntry>, SpaceError>),
     /// Whether nothing was left behind.
     Clean(bool),
 }

@@ -76,7 +76,8 @@ pub use memory::Memory;
 pub use report::{Report, StayedRange};
 pub use residency::Residency;
 
-pub use hmm_core::{Destination, NotifierId, Sequence, Settings, StatsSnapshot};
+pub use hmm_core::{Destination, MirrorEntry, NotifierId, Sequence, Settings, StatsSnapshot};
+pub use hmm_hal::{DeviceFaultError, Reach};
 pub use hmm_os::{Disable, Finding, Machine, is_engine_thread};
 pub use hmm_soft::{
     AtomicWord, Context, FailAt, Injector, KernelError, LaunchError, LaunchReport, LossMode, Plain,
