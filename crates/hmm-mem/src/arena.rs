@@ -12,7 +12,8 @@
 
 use std::alloc::Layout;
 use std::ptr::{self, NonNull};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use hmm_types::{PageCount, PageRange, VirtAddr};
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
@@ -38,18 +39,31 @@ struct Arena {
 // owns; they are only followed under the mutex.
 unsafe impl Send for Arena {}
 
-static ARENA: Mutex<Arena> = Mutex::new(Arena {
-    base: ptr::null_mut(),
-    reserved: 0,
-    used: 0,
-    in_use: 0,
-    free: [ptr::null_mut(); CLASSES],
-});
+/// Forks of forks that can each have an arena.
+pub const GENERATIONS: usize = 64;
+
+/// One for each generation of forked processes; a process uses one of them.
+static ARENAS: [Mutex<Arena>; GENERATIONS] = [const {
+    Mutex::new(Arena {
+        base: ptr::null_mut(),
+        reserved: 0,
+        used: 0,
+        in_use: 0,
+        free: [ptr::null_mut(); CLASSES],
+    })
+}; GENERATIONS];
+static GENERATION: AtomicUsize = AtomicUsize::new(0);
+
+fn arena() -> MutexGuard<'static, Arena> {
+    ARENAS[GENERATION.load(Ordering::Acquire)]
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+}
 
 /// The addresses that the arena may ever use; `None` before its first use.
 #[must_use]
 pub fn arena_range() -> Option<PageRange> {
-    let arena = ARENA.lock().unwrap_or_else(PoisonError::into_inner);
+    let arena = arena();
     (!arena.base.is_null()).then(|| {
         PageRange::from_pages(
             VirtAddr::of(arena.base),
@@ -63,35 +77,30 @@ pub fn arena_range() -> Option<PageRange> {
 /// allocated here.
 #[must_use]
 pub fn reserve() -> bool {
-    let mut arena = ARENA.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut arena = arena();
     !arena.base.is_null() || arena.reserve().is_some()
 }
 
-/// Keeps the arena as it is while a thread forks, so that the child does not
-/// find it locked by a thread that it does not have.
-#[must_use]
-pub fn hold_for_fork() -> ForkHold {
-    ForkHold {
-        _arena: ARENA.lock().unwrap_or_else(PoisonError::into_inner),
-    }
-}
-
-/// See [`hold_for_fork`]; to be dropped in parent and child.
-pub struct ForkHold {
-    _arena: std::sync::MutexGuard<'static, Arena>,
-}
-
-impl std::fmt::Debug for ForkHold {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("ForkHold")
-    }
+/// In a forked child: goes on with an arena of its own. The one that it has
+/// inherited may be locked by a thread that it does not have, for ever; what is
+/// in there stays valid, and may be given back.
+///
+/// # Panics
+/// In the child of a child of ... [`GENERATIONS`] processes, each of which has
+/// forked the next.
+pub fn in_forked_child() {
+    let generation = GENERATION.fetch_add(1, Ordering::AcqRel) + 1;
+    assert!(
+        generation < GENERATIONS,
+        "more than {GENERATIONS} generations of forked processes"
+    );
 }
 
 /// Bytes of the arena that are handed out now, rounded up to the sizes in
 /// which it hands them out.
 #[must_use]
 pub fn in_use_bytes() -> u64 {
-    let arena = ARENA.lock().unwrap_or_else(PoisonError::into_inner);
+    let arena = arena();
     arena.in_use as u64
 }
 
@@ -107,7 +116,7 @@ pub(crate) fn allocate(layout: Layout) -> Option<NonNull<[u8]>> {
     let shift = shift_of(layout)?;
     let size = 1usize << shift;
     let class = (shift - MIN_SHIFT) as usize;
-    let mut arena = ARENA.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut arena = arena();
     if arena.base.is_null() {
         arena.reserve()?;
     }
@@ -133,7 +142,7 @@ pub(crate) unsafe fn release(block: NonNull<u8>, layout: Layout) {
         unreachable!("a block of a size that is never handed out");
     };
     let class = (shift - MIN_SHIFT) as usize;
-    let mut arena = ARENA.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut arena = arena();
     // SAFETY: the caller gives the block up; it is at least a cache line long
     // and aligned to one, so a pointer fits.
     unsafe { block.cast::<*mut u8>().write(arena.free[class]) };

@@ -22,7 +22,7 @@ use std::ptr::NonNull;
 use allocator_api2::alloc::{AllocError, Allocator, Layout};
 
 pub use allocator_api2::alloc;
-pub use arena::{ForkHold, arena_range, hold_for_fork, in_use_bytes, reserve};
+pub use arena::{GENERATIONS, arena_range, in_forked_child, in_use_bytes, reserve};
 pub use pages::Pages;
 
 /// Allocates from the engine's arena.

@@ -5,51 +5,51 @@
 //! holds the engine's, libc's and the loader's state) stay where they are.
 
 use std::ffi::{c_int, c_void};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use hmm_sync::{Mutex, MutexGuard, Rank};
 use hmm_types::{PageRange, VirtAddr};
 
-pub(crate) struct Lists {
+struct Lists {
     /// Added and taken away one by one.
     ranges: hmm_mem::Vec<PageRange>,
     /// Writable data of loaded objects, as of the last look.
     modules: hmm_mem::Vec<PageRange>,
 }
 
-static EXCLUDED: Mutex<Lists> = Mutex::new(
-    Rank::System,
-    Lists {
-        ranges: hmm_mem::vec(),
-        modules: hmm_mem::vec(),
-    },
-);
+/// One for each generation of forked processes, as with engine memory.
+static EXCLUDED: [Mutex<Lists>; hmm_mem::GENERATIONS] = [const {
+    Mutex::new(
+        Rank::System,
+        Lists {
+            ranges: hmm_mem::vec(),
+            modules: hmm_mem::vec(),
+        },
+    )
+}; hmm_mem::GENERATIONS];
+static GENERATION: AtomicUsize = AtomicUsize::new(0);
 
-/// Keeps the lists as they are while a thread forks.
-pub(crate) fn hold() -> ExcludedHold {
-    ExcludedHold(EXCLUDED.lock())
+fn lists() -> MutexGuard<'static, Lists> {
+    EXCLUDED[GENERATION.load(Ordering::Acquire)].lock()
 }
 
-/// See [`hold`].
-pub(crate) struct ExcludedHold(MutexGuard<'static, Lists>);
-
-impl ExcludedHold {
-    /// In a forked child: what was excluded was memory of threads that do not
-    /// exist here, and of an engine that has stayed in the parent.
-    pub(crate) fn clear(&mut self) {
-        self.0.ranges.clear();
-    }
+/// In a forked child: begins with empty lists. What was excluded was memory of
+/// threads that do not exist here, and of an engine that has stayed in the
+/// parent; and one of its threads may have the lock.
+pub(crate) fn in_forked_child() {
+    GENERATION.fetch_add(1, Ordering::AcqRel);
 }
 
 /// Keeps a range where it is: memory that a device or an engine thread needs
 /// in order to work. Excluding one twice takes two [`include()`]s to undo.
 pub fn exclude(range: PageRange) {
-    EXCLUDED.lock().ranges.push(range);
+    lists().ranges.push(range);
 }
 
 /// The opposite of [`exclude`], with the very same range; ignores one that is
 /// not excluded.
 pub fn include(range: PageRange) {
-    let mut lists = EXCLUDED.lock();
+    let mut lists = lists();
     if let Some(index) = lists.ranges.iter().position(|&known| known == range) {
         lists.ranges.swap_remove(index);
     }
@@ -65,7 +65,7 @@ pub fn refresh_modules() {
         libc::dl_iterate_phdr(Some(note_module), (&raw mut modules).cast());
     }
     // The old list is freed after the lock is.
-    std::mem::swap(&mut EXCLUDED.lock().modules, &mut modules);
+    std::mem::swap(&mut lists().modules, &mut modules);
 }
 
 unsafe extern "C" fn note_module(
@@ -94,7 +94,7 @@ unsafe extern "C" fn note_module(
 
 /// The first part of the range that is excluded as a whole, or not at all.
 pub(crate) fn first_part(range: PageRange) -> (PageRange, bool) {
-    let lists = EXCLUDED.lock();
+    let lists = lists();
     let arena = hmm_mem::arena_range();
     first_part_in(range, || {
         let lists = lists.ranges.iter().chain(lists.modules.iter());

@@ -1,19 +1,21 @@
 //! What is done around a fork.
 //!
-//! Always: the few locks that are not one engine's are held, so that a child,
-//! which has the forking thread only, can open an engine of its own.
+//! Always: a child, which has the forking thread only, gets engine memory of its
+//! own, so that it can open an engine of its own. (To hold the locks of its
+//! parent's meanwhile would not do: the fork waits until a handler has dealt
+//! with it, which takes memory.)
 //!
 //! Where the kernel does not report forks: fork events need CAP_SYS_PTRACE. Without them a child would read zeros where
 //! pages are away, so an engine must bring everything home first. glibc calls
 //! hooks around fork(3); a raw clone(2) system call goes past them (see
 //! `docs/limits.md`).
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::sync::Once;
 
 use hmm_sync::{Mutex, Rank};
 
-use crate::excluded::{self, ExcludedHold};
+use crate::excluded;
 
 /// What an engine does around a fork. Called on the thread that forks.
 pub trait ForkHooks: Sync {
@@ -37,48 +39,19 @@ thread_local! {
         const { Cell::new([None; MAX_GUARDED]) };
 }
 
-/// What a forking thread holds.
-struct Hold {
-    excluded: ExcludedHold,
-    arena: hmm_mem::ForkHold,
-}
-
-thread_local! {
-    static HOLD: RefCell<Option<Hold>> = const { RefCell::new(None) };
-}
-
-/// Has the locks held around every fork from now on. Hooks that are installed
-/// later are called before that.
-pub(crate) fn hold_locks_around_forks() {
+/// Has forked children begin anew with what is not one engine's.
+pub(crate) fn prepare_children() {
     static INSTALLED: Once = Once::new();
     INSTALLED.call_once(|| {
-        // SAFETY: plain functions that live as long as the process. They take
-        // and let go two locks, in the order of their ranks.
-        unsafe { libc::pthread_atfork(Some(hold), Some(let_go), Some(let_go_in_child)) };
+        // SAFETY: a plain function that lives as long as the process. It takes
+        // no lock.
+        unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
     });
 }
 
-extern "C" fn hold() {
-    let hold = Hold {
-        excluded: excluded::hold(),
-        arena: hmm_mem::hold_for_fork(),
-    };
-    HOLD.with_borrow_mut(|slot| *slot = Some(hold));
-}
-
-extern "C" fn let_go() {
-    drop(HOLD.take());
-}
-
-extern "C" fn let_go_in_child() {
-    if let Some(Hold {
-        mut excluded,
-        arena,
-    }) = HOLD.take()
-    {
-        drop(arena);
-        excluded.clear();
-    }
+extern "C" fn in_child() {
+    hmm_mem::in_forked_child();
+    excluded::in_forked_child();
 }
 
 /// Has an engine's hooks called around every fork from now on. False when too

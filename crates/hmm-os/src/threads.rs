@@ -72,7 +72,7 @@ impl EngineThreads {
     /// # Errors
     /// When the process may not have another thread, or the kernel no memory.
     pub fn start() -> io::Result<Self> {
-        crate::forks::hold_locks_around_forks();
+        crate::forks::prepare_children();
         let root: &'static Root = hmm_mem::leaked(Root {
             state: Mutex::new(
                 Rank::Queue,

@@ -43,7 +43,7 @@ pub(crate) fn mark(buffer: u64, len: usize, offset: u64) {
         return;
     }
     let mut words = [0u64; PART];
-    let total = len / ENTRY as usize;
+    let total = len / size_of::<u64>();
     for from in (0..total).step_by(PART) {
         let words = &mut words[..PART.min(total - from)];
         let at = buffer + from as u64 * ENTRY;
