@@ -34,7 +34,8 @@ Examples:
   cargo xtask bench -- fault_4k_p50    one row of the benchmark
   cargo xtask kernel-selftests         the kernel's own tests, against hmm run
 
-Tests need no set-up and no network beyond what cargo fetches. They use
+Tests need no set-up, and no network beyond what cargo fetches and the source
+package of Linux's own tests. They use
 cargo-nextest where it is installed, which kills hung tests, and else cargo
 test. Some test more as root: fork events and faults inside of system calls.
 As root, the library's tests also run as an ordinary user.";

@@ -52,7 +52,7 @@ pub enum Step {
 
 impl Step {
     /// The whole check. Other steps run when they are asked for.
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 12] = [
         Self::Toolchain,
         Self::Fmt,
         Self::Clippy,
@@ -64,6 +64,7 @@ impl Step {
         Self::OrdinaryUser,
         Self::Sim,
         Self::Shuttle,
+        Self::KernelSelftests,
     ];
 
     fn name(self) -> String {

@@ -19,7 +19,7 @@ use crate::counts::Counts;
 use crate::steps::Done;
 use crate::summary::Summary;
 use crate::workspace::Workspace;
-use harness::Outcome;
+use harness::{Finished, Outcome};
 use huge_page::HugePage;
 use name::Name;
 use runner::{Ran, Runner};
@@ -78,25 +78,56 @@ pub fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// The step of `cargo xtask test`: skipped where the sources cannot be had.
+/// The suite of the whole check: newer kernels test more, and their harness
+/// runs each test on its own.
+const SUITE: &str = "trixie-backports";
+/// Tests that cannot pass; `docs/limits.md` says why.
+const CANNOT_PASS: [&str; 1] = ["hmm.migrate_file_private"];
+
+/// The step of `cargo xtask test`: skipped where the sources cannot be had, and
+/// for ordinary users, for whom the tests do not start.
 pub fn step(workspace: &Workspace, summary: &mut Summary) -> Result<Done> {
-    let options = Options::default();
-    let sources = match Sources::provide(workspace, None, false) {
+    if !rustix::process::geteuid().is_root() {
+        let reason = "the tests set a sysctl at their start: run it as root";
+        return Ok(Done::Skipped(reason.to_owned()));
+    }
+    let options = Options {
+        variant: Variant::Private,
+        ..Options::default()
+    };
+    let sources = match Sources::provide(workspace, Some(SUITE), false) {
         Ok(sources) => sources,
         Err(error) => return Ok(Done::Skipped(format!("{error:#}"))),
     };
-    let (all, counts) = finish(workspace, &sources, &options)?;
-    summary.tests += counts;
-    for Ran { test, .. } in all {
-        if let Outcome::Skipped(reason) = test.outcome {
-            summary.notes.push((test.name.to_string(), reason));
+    let (mut all, _) = finish(workspace, &sources, &options)?;
+    for Ran { test, .. } in &mut all {
+        excuse(test)?;
+        if let Outcome::Skipped(reason) = &test.outcome {
+            summary.notes.push((test.name.to_string(), reason.clone()));
         }
     }
+    let counts = report::counts(&all);
+    summary.tests += counts;
     let remark = format!("Linux {}: {counts}", sources.version);
     if counts.failed > 0 {
         bail!("{remark}");
     }
     Ok(Done::Passed(remark))
+}
+
+/// A test that cannot pass counts as skipped, and must not pass unnoticed.
+fn excuse(test: &mut Finished) -> Result<()> {
+    if !CANNOT_PASS.contains(&test.name.row().as_str()) {
+        return Ok(());
+    }
+    match test.outcome {
+        Outcome::Failed(_) => {
+            let reason = "fails: see the limits for the kernel interface that is missing";
+            test.outcome = Outcome::Skipped(reason.to_owned());
+            Ok(())
+        }
+        _ => bail!("{} does not fail any more: take it off the list", test.name),
+    }
 }
 
 /// Runs the tests and says what became of them.
