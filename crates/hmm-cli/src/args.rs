@@ -102,6 +102,9 @@ pub struct RunOptions {
     #[arg(long, value_name = "MIB", default_value_t = 1024,
           value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
     pub device_memory: u64,
+    /// When a process ends, print where the time of its migrations went
+    #[arg(long)]
+    pub report: bool,
     /// The program, and its arguments
     #[arg(
         required = true,

@@ -21,7 +21,11 @@ pub fn run(options: &RunOptions) -> anyhow::Result<ExitCode> {
     let [program, arguments @ ..] = &options.command[..] else {
         bail!("no program was named");
     };
-    let error = Command::new(program)
+    let mut command = Command::new(program);
+    if options.report {
+        command.env("HMM_SHIM_REPORT", "1");
+    }
+    let error = command
         .args(arguments)
         .env("LD_PRELOAD", preload(&shim, env::var_os("LD_PRELOAD")))
         .env("HMM_DEVICE_MEMORY", options.device_memory.to_string())

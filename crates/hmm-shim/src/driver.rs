@@ -13,7 +13,7 @@ use crate::engine::{self, CHUNK_PAGES, Engine};
 use crate::errno::Errno;
 use crate::files::{self, File};
 use crate::uapi::{Command, FLAG_FAIL_ALLOC, Request, prot};
-use crate::{real, user};
+use crate::{real, times, user};
 
 const PAGE: u64 = hmm::PAGE_SIZE;
 /// Pages of a huge page.
@@ -244,14 +244,15 @@ impl Job<'_> {
             .check(range, Access::Read)
             .map_err(|_| Errno::INVAL)?;
         let fails = files::set_flags(file.inode, 0) & FLAG_FAIL_ALLOC != 0;
-        let mut rest = Some(range);
-        if fails {
-            rest = self.migrate_with_failure(range)?;
-        }
-        if let Some(rest) = rest {
-            self.migrate_from_system(rest)?;
-        }
-        let done = self.read_back(range)?;
+        times::TO_DEVICE.engine(range.bytes().get(), || {
+            let rest = if fails {
+                self.migrate_with_failure(range)?
+            } else {
+                Some(range)
+            };
+            rest.map_or(Ok(()), |rest| self.migrate_from_system(rest))
+        })?;
+        let done = times::TO_DEVICE.copy(|| self.read_back(range))?;
         Ok(Done { faults: 0, ..done })
     }
 
@@ -322,7 +323,9 @@ impl Job<'_> {
                 rest = left;
             }
             if let Some(rest) = rest {
-                let report = self.engine.hmm.evict(rest).map_err(errno_of)?;
+                let report = times::TO_SYSTEM
+                    .engine(rest.bytes().get(), || self.engine.hmm.evict(rest))
+                    .map_err(errno_of)?;
                 cpages += report.moved.get();
                 if !report.is_complete() {
                     return Err(Errno::NOMEM);

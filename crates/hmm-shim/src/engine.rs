@@ -12,6 +12,7 @@ use hmm::{ByteCount, Hmm, PageCount, SoftwareDevice, SoftwareOptions};
 
 use crate::errno::Errno;
 use crate::files::{self, UNITS};
+use crate::times;
 
 /// Pages that are copied between device and program at a time: few enough that
 /// they stay in a processor's cache.
@@ -160,6 +161,7 @@ extern "C" fn farewell() {
 pub(crate) fn farewell_now() {
     const NAP: Duration = Duration::from_millis(1);
     let Some(engine) = current() else { return };
+    times::print_if_wanted();
     let since = Instant::now();
     while engine.hmm.owes_children() {
         if since.elapsed() > FAREWELL_PATIENCE {

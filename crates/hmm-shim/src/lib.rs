@@ -24,6 +24,7 @@
 //! | `uapi` | the driver's numbers and structure |
 //! | `pagemap` | what is on a device, in /proc/self/pagemap |
 //! | `heap` | this library's own heap |
+//! | `times` | where the time of migrations goes |
 //! | `user` | the program's memory, which may not be there |
 
 mod calls;
@@ -34,5 +35,6 @@ mod files;
 mod heap;
 mod pagemap;
 mod real;
+mod times;
 mod uapi;
 mod user;

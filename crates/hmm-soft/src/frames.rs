@@ -35,7 +35,7 @@ pub(crate) struct FrameAllocator {
     free: u32,
     /// The chunk that the next small request looks into first.
     small_cursor: usize,
-    /// The chunk that the next large request looks at first.
+    /// No whole chunk lies before this one.
     whole_cursor: usize,
 }
 
@@ -95,6 +95,10 @@ impl FrameAllocator {
         }
         self.free += frames.count();
         self.recount(frames, true);
+        // What was used before is used again first: the kernel clears memory
+        // that has never been touched, which takes longer than a copy.
+        let chunk = frames.first().index() / CHUNK_FRAMES as usize;
+        self.whole_cursor = self.whole_cursor.min(chunk);
     }
 
     fn take(&mut self, frames: FrameRange) {
@@ -178,7 +182,7 @@ impl FrameAllocator {
             }
             from = chunk + 1;
         }
-        if let Some(chunk) = next_bit(&self.whole, self.small_cursor) {
+        if let Some(chunk) = next_bit(&self.whole, self.whole_cursor) {
             self.small_cursor = chunk;
             return FrameRange::new(FrameId::new(chunk_start(chunk)), want);
         }
