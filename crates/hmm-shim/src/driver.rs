@@ -3,6 +3,7 @@
 
 use std::ffi::{c_int, c_void};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use hmm::{
     Access, Context, DeviceFaultError, DeviceId, Error, KernelError, MirrorEntry, PageCount,
@@ -20,6 +21,10 @@ const PAGE: u64 = hmm::PAGE_SIZE;
 const HUGE_PAGES: u64 = 512;
 /// Pages that one look at the CPU's page table covers.
 const SNAPSHOT_PAGES: u64 = 4096;
+/// Tries more of a migration whose pages stay for a reason that may pass, and the
+/// time between them.
+const MAX_TRIES: u32 = 20;
+const RETRY_NAP: Duration = Duration::from_micros(200);
 /// Rounds of faults after which a command gives up.
 const MAX_ROUNDS: u64 = 1000;
 
@@ -289,18 +294,37 @@ impl Job<'_> {
             _ => true,
         };
         self.for_runs(range, movable, |run| {
-            let report = match self.engine.hmm.migrate(run, id) {
-                Ok(report) => report,
-                Err(Error::NotMapped { .. }) => return Err(Errno::INVAL),
-                Err(error) => return Err(errno_of(error)),
-            };
-            let refused = report.stayed.iter().any(|stayed| {
-                matches!(
-                    stayed.reason,
-                    StayReason::NotMapped | StayReason::HugeTlb | StayReason::Special
-                )
-            });
-            if refused { Err(Errno::INVAL) } else { Ok(()) }
+            for tries in 0.. {
+                let report = match self.engine.hmm.migrate(run, id) {
+                    Ok(report) => report,
+                    Err(Error::NotMapped { .. }) => return Err(Errno::INVAL),
+                    Err(error) => return Err(errno_of(error)),
+                };
+                let any = |reasons: &[StayReason]| {
+                    let mut stayed = report.stayed.iter();
+                    stayed.any(|stayed| reasons.contains(&stayed.reason))
+                };
+                if any(&[
+                    StayReason::NotMapped,
+                    StayReason::HugeTlb,
+                    StayReason::Special,
+                ]) {
+                    return Err(Errno::INVAL);
+                }
+                // Other threads may fork and remap all the time.
+                if tries == MAX_TRIES
+                    || !any(&[
+                        StayReason::SharedCow,
+                        StayReason::Pinned,
+                        StayReason::Busy,
+                        StayReason::Raced,
+                    ])
+                {
+                    break;
+                }
+                std::thread::sleep(RETRY_NAP);
+            }
+            Ok(())
         })
     }
 
@@ -425,7 +449,7 @@ impl Job<'_> {
             if !entries.iter().any(in_flight) {
                 return Ok(entries);
             }
-            std::thread::sleep(std::time::Duration::from_millis(1));
+            std::thread::sleep(Duration::from_millis(1));
         }
         Err(Errno::BUSY)
     }

@@ -82,7 +82,12 @@ fn start() -> Result<Engine, hmm::Error> {
         .ok()
         .and_then(|mebibytes| mebibytes.parse().ok())
         .map_or(DEVICE_MEMORY, ByteCount::mib);
-    let hmm = Hmm::open()?;
+    // As with the driver, a page comes home when it is touched, and no other
+    // with it: another thread may just be looking at those on its device.
+    let hmm = Hmm::builder()
+        .fault_granule(PageCount::ONE)
+        .readahead(false)
+        .open()?;
     let device = |name| {
         let options = SoftwareOptions::new(memory).name(name).workers(1);
         hmm.add_software_device(options)
