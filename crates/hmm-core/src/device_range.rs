@@ -8,6 +8,7 @@ use hmm_types::{Access, DeviceId, PageCount, PageRange, StayReason, VirtAddr};
 use crate::device_fault::Found;
 use crate::engine::{BUSY_LIMIT, Engine};
 use crate::executor::{BOUNCE_PAGES, Executor};
+use crate::home::Home;
 use crate::upload::Target;
 
 impl Engine<'_> {
@@ -94,6 +95,9 @@ impl Engine<'_> {
                 Found::Away if reach == Reach::Resident => break,
                 Found::Away => {
                     if present <= at {
+                        // From another device first: without privilege the
+                        // kernel cannot have a page fetched that it touches.
+                        self.step_home(executor, page, Home::ahead());
                         present = self.make_present(executor, range, at, access)?;
                     }
                     self.use_in_place(executor, page, target, StayReason::Limit)?

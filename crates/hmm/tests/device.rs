@@ -646,3 +646,29 @@ fn shutdown_brings_everything_home() {
     }
     assert_eq!(map.bytes(), 2000 * PAGE);
 }
+
+#[test]
+fn a_command_reads_in_place_what_was_on_another_device() {
+    let hmm = hmm::Hmm::open().unwrap();
+    let add = || {
+        let options = hmm::SoftwareOptions::new(hmm::ByteCount::mib(8)).workers(1);
+        hmm.add_software_device(options).unwrap()
+    };
+    let (one, other) = (add(), add());
+    let memory = vec![7u8; 64 << 12];
+    let range = hmm::Memory::whole_pages(&&memory[..]).unwrap().unwrap();
+    hmm.migrate(range, other.id()).unwrap();
+    let read = std::sync::Mutex::new(Vec::new());
+    one.launch(1, |context, _| {
+        let mut copy = vec![0u8; range.pages().bytes_usize()];
+        let reachable = context.fault_range(range, hmm::Access::Read, hmm::Reach::Present)?;
+        assert_eq!(reachable, range.pages());
+        assert_eq!(context.read_mapped(range, &mut copy), range.pages());
+        *read.lock().unwrap() = copy;
+        Ok(())
+    })
+    .unwrap();
+    assert!(read.into_inner().unwrap().iter().all(|&byte| byte == 7));
+    assert_eq!(hmm.residency(range).unwrap().on_device(one.id()).get(), 0);
+    hmm.shutdown().unwrap();
+}
