@@ -44,6 +44,7 @@ unsafe fn open_device(path: *const c_char, flags: c_int) -> Option<c_int> {
             return Err(Errno(libc::EEXIST));
         }
         engine::open()?;
+        files::sweep(driver::release);
         files::open(unit, flags)
     }))
 }

@@ -242,13 +242,17 @@ impl Job<'_> {
         Ok(done)
     }
 
-    fn migrate_to_device(&self, file: File) -> Result<Done, Errno> {
+    /// The range of a migration, and whether its first allocation is to fail.
+    fn begin_migration(&self, file: File) -> Result<(PageRange, bool), Errno> {
         let range = self.range.ok_or(Errno::INVAL)?;
-        self.engine
-            .hmm
-            .check(range, Access::Read)
-            .map_err(|_| Errno::INVAL)?;
-        let fails = files::set_flags(file.inode, 0) & FLAG_FAIL_ALLOC != 0;
+        let readable = self.engine.hmm.check(range, Access::Read);
+        readable.map_err(|_| Errno::INVAL)?;
+        let flags = files::set_flags(file.inode, 0);
+        Ok((range, flags & FLAG_FAIL_ALLOC != 0))
+    }
+
+    fn migrate_to_device(&self, file: File) -> Result<Done, Errno> {
+        let (range, fails) = self.begin_migration(file)?;
         times::TO_DEVICE.engine(range.bytes().get(), || {
             let rest = if fails {
                 self.migrate_with_failure(range)?
@@ -329,12 +333,7 @@ impl Job<'_> {
     }
 
     fn migrate_to_system(&self, file: File) -> Result<Done, Errno> {
-        let range = self.range.ok_or(Errno::INVAL)?;
-        self.engine
-            .hmm
-            .check(range, Access::Read)
-            .map_err(|_| Errno::INVAL)?;
-        let fails = files::set_flags(file.inode, 0) & FLAG_FAIL_ALLOC != 0;
+        let (range, fails) = self.begin_migration(file)?;
         let id = self.id();
         let here = |residency| residency == PageResidency::Device(id);
         let mut cpages = 0;

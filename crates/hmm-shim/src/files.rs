@@ -89,7 +89,6 @@ pub(crate) fn unit_of(path: &CStr) -> Option<usize> {
 
 /// Makes a device file; its descriptor.
 pub(crate) fn open(unit: usize, flags: c_int) -> Result<c_int, Errno> {
-    sweep();
     let cloexec = if flags & libc::O_CLOEXEC != 0 {
         libc::MFD_CLOEXEC
     } else {
@@ -174,14 +173,16 @@ pub(crate) fn remove(inode: Inode) -> Option<File> {
 
 /// Takes out files that were closed behind this library's back: by a raw system
 /// call, or by dup2(2).
-fn sweep() {
+pub(crate) fn sweep(mut abandoned: impl FnMut(File)) {
     if !any() {
         return;
     }
     let open: Vec<Inode> = lock().iter().flatten().map(|file| file.inode).collect();
     for inode in open {
-        if is_abandoned(inode) {
-            remove(inode);
+        if is_abandoned(inode)
+            && let Some(file) = remove(inode)
+        {
+            abandoned(file);
         }
     }
 }
