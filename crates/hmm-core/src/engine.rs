@@ -7,6 +7,7 @@ use hmm_hal::{AddressSpace, Capabilities, Clock, Device};
 use hmm_sync::{Condvar, Mutex, Rank, RwLock};
 use hmm_types::{BLOCK_PAGES, ByteCount, DeviceId, PageCount, PageRange, VirtAddr};
 
+use crate::ahead::Ahead;
 use crate::children::Children;
 use crate::devices::Devices;
 use crate::executor::Executor;
@@ -89,6 +90,8 @@ pub struct Engine<'env> {
     pub(crate) unsettled: AtomicBool,
     pub(crate) cpu_readahead: Readahead,
     pub(crate) device_readahead: Readahead,
+    /// What read-ahead planned for a CPU and handlers have not brought yet.
+    pub(crate) ahead: Ahead,
     pub(crate) stats: Statistics,
     pub(crate) uses: AtomicU64,
     /// There are children: read without their lock.
@@ -140,6 +143,7 @@ impl<'env> Engine<'env> {
                 DEVICE_WINDOW,
                 settings.readahead,
             ),
+            ahead: Ahead::new(),
             stats: Statistics::new(),
             uses: AtomicU64::new(1),
             owing: AtomicBool::new(false),

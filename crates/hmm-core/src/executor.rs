@@ -45,6 +45,10 @@ pub struct Executor {
 pub trait Relief: Sync + std::fmt::Debug {
     /// What is to be done now takes long.
     fn takes_long(&self);
+
+    /// There is work that another executor can share: see
+    /// [`Engine::read_ahead`](crate::Engine::read_ahead).
+    fn can_be_shared(&self);
 }
 
 impl Executor {
@@ -87,6 +91,12 @@ impl Executor {
     pub(crate) fn takes_long(&self) {
         if let Some(relief) = self.relief {
             relief.takes_long();
+        }
+    }
+
+    pub(crate) fn can_be_shared(&self) {
+        if let Some(relief) = self.relief {
+            relief.can_be_shared();
         }
     }
 

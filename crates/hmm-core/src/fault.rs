@@ -5,8 +5,9 @@ use std::sync::atomic::Ordering::Relaxed;
 use hmm_hal::{FaultKind, SpaceId, Stop};
 use hmm_types::{PAGES_PER_BLOCK, PageCount, PageRange, VirtAddr};
 
+use crate::ahead::Planned;
 use crate::engine::Engine;
-use crate::executor::{BOUNCE_PAGES, Executor, QueuedFault};
+use crate::executor::{Executor, QueuedFault};
 use crate::home::Home;
 use crate::page::PageState;
 use crate::readahead::Plan;
@@ -59,7 +60,7 @@ impl Engine<'_> {
             Found::Wake | Found::Again => self.space.wake(SpaceId::OWN, page),
             Found::Parked => {
                 self.stats.parked_faults.fetch_add(1, Relaxed);
-                self.read_ahead(executor, fault.address);
+                self.follow(executor, fault.address);
             }
             Found::Away(huge) => self.fetch(executor, fault, huge),
         }
@@ -172,31 +173,50 @@ impl Engine<'_> {
         } else {
             PageRange::span(from, upto)
         };
-        if window.pages().get() > BOUNCE_PAGES {
-            executor.takes_long();
-        }
         if !self.bring_demanded(executor, fault.address, window) {
             // Somebody else was quicker, or it could not come: look again.
             let page = PageRange::from_pages(fault.address.page_floor(), PageCount::ONE);
             self.space.wake(SpaceId::OWN, page);
         }
-        self.run_ahead(executor, plan, now);
+        self.plan_ahead(executor, plan, now);
     }
 
-    fn read_ahead(&self, executor: &mut Executor, address: VirtAddr) {
+    /// A thread waits for a page on its way: whoever reads in sequence needs more.
+    fn follow(&self, executor: &mut Executor, address: VirtAddr) {
         let now = self.uses_now();
         let plan = self.cpu_readahead.plan_on(address);
-        self.run_ahead(executor, plan, now);
+        self.plan_ahead(executor, plan, now);
     }
 
-    fn run_ahead(&self, executor: &mut Executor, plan: Plan, planned_at: u64) {
+    fn plan_ahead(&self, executor: &mut Executor, plan: Plan, planned_at: u64) {
         let (from, upto) = Plan::addresses(plan.ahead);
         let upto = upto.min(VirtAddr::new(hmm_types::USER_END));
         if from < upto {
-            executor.takes_long();
             let range = PageRange::span(from, upto);
-            let moved = self.bring_ahead(executor, range, Home::planned(planned_at));
-            self.stats.readahead_pages.fetch_add(moved, Relaxed);
+            let planned = Planned {
+                range,
+                at: planned_at,
+            };
+            if self.ahead.put(planned) && range.pages().index() > PAGES_PER_BLOCK {
+                executor.can_be_shared();
+            }
         }
+    }
+
+    /// Whether [`Engine::read_ahead`] has something to do.
+    #[must_use]
+    pub fn is_ahead_planned(&self) -> bool {
+        !self.ahead.is_empty()
+    }
+
+    /// Brings home a block's worth of what read-ahead has planned, while no fault
+    /// waits. True when there was something.
+    pub fn read_ahead(&self, executor: &mut Executor) -> bool {
+        let Some(planned) = self.ahead.take_block() else {
+            return false;
+        };
+        let moved = self.bring_ahead(executor, planned.range, Home::planned(planned.at));
+        self.stats.readahead_pages.fetch_add(moved, Relaxed);
+        true
     }
 }

@@ -25,12 +25,6 @@ use crate::map::{BlockId, BlockInner};
 use crate::page::PageState;
 use crate::staging::{SlotKind, StagingPage, StagingRun};
 
-/// Pages that one step takes at most: each step has a price of its own, most of
-/// all that other processors flush their TLBs.
-const STEP_PAGES: u32 = BLOCK_PAGES;
-/// The same while somebody waits for the first of them, unless a huge page is
-/// moved whole.
-const FIRST_STEP_PAGES: u32 = 128;
 /// Transfers handed to a device at a time.
 pub(crate) const TRANSFERS: usize = 32;
 
@@ -56,8 +50,6 @@ pub(crate) struct Home {
     poisons: Poisons,
     /// End before a page that is in flight, so that the caller can wait for it.
     stops_at_flights: bool,
-    /// Pages at most, but for a huge page.
-    most: u32,
     /// Nothing of blocks that a device has used at this time or later.
     unless_used: u64,
 }
@@ -69,7 +61,6 @@ impl Home {
             only: None,
             poisons: Poisons::Nothing,
             stops_at_flights: false,
-            most: STEP_PAGES,
             unless_used: u64::MAX,
         }
     }
@@ -79,14 +70,6 @@ impl Home {
     pub(crate) const fn planned(at: u64) -> Self {
         Self {
             unless_used: at,
-            ..Self::ahead()
-        }
-    }
-
-    /// The same while a CPU thread waits for the first of the pages.
-    const fn at_once() -> Self {
-        Self {
-            most: FIRST_STEP_PAGES,
             ..Self::ahead()
         }
     }
@@ -227,8 +210,7 @@ impl Engine<'_> {
         let mut came = false;
         while from < window.end() {
             let rest = PageRange::span(from, window.end());
-            let home = if came { Home::ahead() } else { Home::at_once() };
-            let step = self.step_home(executor, rest, home);
+            let step = self.step_home(executor, rest, Home::ahead());
             let next = from.plus_pages(step.passed.max(1));
             came |= (from..next).contains(&page) && step.moved == step.passed;
             from = next;
@@ -342,7 +324,6 @@ impl Engine<'_> {
         };
         let huge =
             inner.huge && index == 0 && end == BLOCK_PAGES && place.start().is_block_aligned();
-        let most = if huge { BLOCK_PAGES } else { home.most };
         let mut claim = Claim {
             block: piece.block,
             first: index,
@@ -351,7 +332,7 @@ impl Engine<'_> {
             frames: [FrameId::new(0); PAGES_PER_BLOCK],
             huge,
         };
-        while claim.pages < most && index < end {
+        while index < end {
             let PageState::Device { device: on, frame } = inner.state(index) else {
                 break;
             };

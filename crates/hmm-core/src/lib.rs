@@ -23,7 +23,7 @@
 //! | `migrate`, `evict` | requests and their reports; making room |
 //! | `device_fault`, `device_range` | a device's touch; a device's command on a range |
 //! | `mirror` | notifiers, snapshots and range faults |
-//! | `readahead` | how much to bring along |
+//! | `readahead`, `ahead` | how much to bring along; what of it is still to be brought |
 //! | `watch` | registering memory |
 //! | `order` | events that come in another order than the changes |
 //!
@@ -31,6 +31,7 @@
 //! `hmm-hal`. It keeps everything in engine memory (`hmm-mem`).
 #![forbid(unsafe_code)]
 
+mod ahead;
 mod children;
 mod device_fault;
 mod device_range;

@@ -456,6 +456,7 @@ fn model() {
                 while !stop.load(std::sync::atomic::Ordering::SeqCst) {
                     engine.pump(&mut executor);
                     while engine.serve(&mut executor).is_some() {}
+                    engine.read_ahead(&mut executor);
                     thread::yield_now();
                 }
             })

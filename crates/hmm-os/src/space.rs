@@ -11,7 +11,7 @@ use hmm_hal::{
 };
 use hmm_sync::assert_none_held;
 use hmm_types::{MemoryKind, PageCount, PageRange, StayReason, VirtAddr};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
 
@@ -35,6 +35,7 @@ use crate::uffd::{
 #[derive(Debug)]
 struct Parts {
     uffd: Uffd,
+    nudge: OwnedFd,
     children: Children,
     map: Map,
     pagemap: Pagemap,
@@ -92,6 +93,12 @@ impl LinuxSpace {
         let children = Children::new().map_err(|error| OpenError::Descriptor {
             errno: error.raw_os_error(),
         })?;
+        let nudge =
+            eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|error| {
+                OpenError::Descriptor {
+                    errno: error.raw_os_error(),
+                }
+            })?;
         let staging = Staging::reserve(config.staging).map_err(|error| OpenError::Staging {
             errno: error.raw_os_error(),
         })?;
@@ -115,6 +122,7 @@ impl LinuxSpace {
             },
             parts: ManuallyDrop::new(Parts {
                 uffd,
+                nudge,
                 children,
                 map,
                 pagemap,
@@ -138,6 +146,7 @@ impl LinuxSpace {
         let mut set = [
             PollFd::new(&parts.uffd, PollFlags::IN),
             PollFd::new(children, PollFlags::IN),
+            PollFd::new(&parts.nudge, PollFlags::IN),
         ];
         let timeout = Timespec {
             tv_sec: (timeout_ms / 1000).into(),
@@ -154,8 +163,19 @@ impl LinuxSpace {
             Ok(_) if set[0].revents().is_empty() && self.interrupted.load(Ordering::Acquire) => {
                 Wakeup::Interrupted
             }
-            Ok(_) => Wakeup::Events,
+            Ok(_) => {
+                if !set[2].revents().is_empty() {
+                    let _ = rustix::io::read(&parts.nudge, &mut [0u8; 8]);
+                }
+                Wakeup::Events
+            }
         }
+    }
+
+    /// Ends one [`LinuxSpace::wait`], present or future, with
+    /// [`Wakeup::Events`].
+    pub fn nudge(&self) {
+        let _ = rustix::io::write(&self.parts().nudge, &1u64.to_ne_bytes());
     }
 
     /// Ends every present and future [`LinuxSpace::wait`], until

@@ -129,6 +129,11 @@ impl EngineUnderTest for CoreEngine {
                 }
             });
         }
+        let mut ahead = false;
+        if free > 0 {
+            self.handlers
+                .with(self, |handler| ahead = self.engine.read_ahead(handler));
+        }
         let turn = self.turns.fetch_add(1, Ordering::Relaxed);
         let owes = self.engine.owes_children();
         if owes && turn.is_multiple_of(DRAIN_ONCE_IN) {
@@ -136,7 +141,7 @@ impl EngineUnderTest for CoreEngine {
                 self.engine.drain_children(handler, DRAIN_PAGES)
             });
         }
-        served > 0 || owes
+        served > 0 || owes || ahead
     }
 
     fn command_begins(&self, device: DeviceId) {

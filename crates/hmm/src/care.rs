@@ -65,7 +65,7 @@ pub(crate) fn bounce() -> Option<Pages> {
 /// Body of a handler thread.
 pub(crate) fn handle(host: &'static Host, bounce: &Pages, number: usize) {
     let heartbeat = &host.heartbeats[number];
-    let mut executor = Executor::handler(bounce.range().start()).relieved_by(&host.rota);
+    let mut executor = Executor::handler(bounce.range().start()).relieved_by(host);
     loop {
         while !host.rota.is_on_duty(number) && !host.is_stopping() {
             host.rota.rest(number, HANDLER_REST);
@@ -75,10 +75,12 @@ pub(crate) fn handle(host: &'static Host, bounce: &Pages, number: usize) {
         } else {
             HANDLER_NAP_MS
         };
-        match host.space.wait(nap) {
-            Wakeup::Events => {}
-            Wakeup::Interrupted | Wakeup::TimedOut if host.is_stopping() => return,
-            Wakeup::Interrupted | Wakeup::TimedOut => {}
+        if !host.engine.is_ahead_planned() {
+            match host.space.wait(nap) {
+                Wakeup::Events => {}
+                Wakeup::Interrupted | Wakeup::TimedOut if host.is_stopping() => return,
+                Wakeup::Interrupted | Wakeup::TimedOut => {}
+            }
         }
         heartbeat.begin();
         host.engine.pump(&mut executor);
@@ -86,6 +88,7 @@ pub(crate) fn handle(host: &'static Host, bounce: &Pages, number: usize) {
             heartbeat.go_on();
             host.rota.served(number, thread, &host.handler_cpus);
         }
+        host.engine.read_ahead(&mut executor);
         heartbeat.end();
         if host.engine.owes_children() {
             host.jobs.nudge();

@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use hmm_core::{Destination, Engine, MirrorEntry, StatsSnapshot};
+use hmm_core::{Destination, Engine, MirrorEntry, Relief, StatsSnapshot};
 use hmm_hal::Device;
 use hmm_mem::Pages;
 use hmm_os::{EngineThread, EngineThreads, LinuxSpace, MonotonicClock};
@@ -165,6 +165,17 @@ impl Host {
         }
         self.threads.run_on_root(|| self.space.close());
         self.threads.end();
+    }
+}
+
+impl Relief for Host {
+    fn takes_long(&self) {
+        self.rota.call_all();
+    }
+
+    fn can_be_shared(&self) {
+        self.rota.call_all();
+        self.space.nudge();
     }
 }
 

@@ -8,7 +8,6 @@
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use hmm_core::Relief;
 use hmm_sync::{Condvar, Mutex, Rank};
 
 const ALL: usize = usize::MAX;
@@ -102,12 +101,6 @@ impl Rota {
     }
 }
 
-impl Relief for Rota {
-    fn takes_long(&self) {
-        self.call_all();
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -138,7 +131,7 @@ mod tests {
         assert!(rota.is_on_duty(1));
         calm();
         assert!(!rota.is_on_duty(1));
-        rota.takes_long();
+        rota.call_all();
         assert!(rota.is_on_duty(1));
     }
 }
