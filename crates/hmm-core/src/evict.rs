@@ -14,37 +14,71 @@ use crate::page::PageState;
 const SWEEP_PATIENCE_NS: u64 = 30_000_000_000;
 /// The same in sweeps, where nobody sleeps.
 const SWEEPS: u32 = 1024;
+/// Looks for something to evict, and waits for what others evict, until a device
+/// is said to be full.
+const ROOM_TRIES: u32 = 1024;
+
+/// What could be evicted.
+enum Victim {
+    Found(PageRange),
+    /// Nothing, but pages are on their way home from the device.
+    Leaving,
+    None,
+}
 
 impl Engine<'_> {
-    /// Evicts the block that the device has not used for longest, unless it
-    /// overlaps `keep`. False when there is none. An eviction never waits for a
-    /// migration: pages in flight are passed over.
+    /// Makes room on a device: evicts the block that it has not used for longest,
+    /// unless that overlaps `keep`, or waits for pages that are on their way home
+    /// from it anyway (those need no room, so they do come). False when there is
+    /// nothing to evict. An eviction never waits for pages that leave.
     pub(crate) fn make_room(
         &self,
         executor: &mut Executor,
         device: DeviceId,
         keep: PageRange,
     ) -> bool {
-        let Some(victim) = self.least_recently_used(device, keep) else {
-            return false;
-        };
-        let mut from = victim.start();
-        let mut moved = 0;
-        while from < victim.end() {
-            let rest = PageRange::span(from, victim.end());
-            let step = self.step_home(executor, rest, Home::ahead().only(Some(device)));
-            moved += step.moved;
-            from = from.plus_pages(step.passed.max(1));
+        for _ in 0..ROOM_TRIES {
+            let victim = match self.least_recently_used(device, keep) {
+                Victim::Found(range) => range,
+                Victim::Leaving => {
+                    self.wait_for_transition();
+                    continue;
+                }
+                Victim::None => break,
+            };
+            let mut from = victim.start();
+            let mut moved = 0;
+            let mut busy = false;
+            while from < victim.end() {
+                let rest = PageRange::span(from, victim.end());
+                let step = self.step_home(executor, rest, Home::ahead().only(Some(device)));
+                moved += step.moved;
+                busy |= step.busy > 0;
+                from = from.plus_pages(step.passed.max(1));
+            }
+            self.stats.evicted_pages.fetch_add(moved, Relaxed);
+            if moved > 0 {
+                return true;
+            }
+            // Others were quicker, or the pages cannot come.
+            if !busy {
+                break;
+            }
         }
-        self.stats.evicted_pages.fetch_add(moved, Relaxed);
-        moved > 0
+        false
     }
 
-    fn least_recently_used(&self, device: DeviceId, keep: PageRange) -> Option<PageRange> {
+    fn least_recently_used(&self, device: DeviceId, keep: PageRange) -> Victim {
         let map = self.gate.read();
         let mut best: Option<(u64, PageRange)> = None;
+        let mut leaving = false;
         for piece in map.pieces() {
             let inner = map.block(piece.block).lock();
+            if inner.in_flight() > 0 {
+                leaving |= (piece.first..piece.first + piece.pages).any(|index| {
+                    matches!(inner.state(index), PageState::Downloading { device: from, .. } if from == device)
+                });
+            }
             if inner.away() == 0 || best.is_some_and(|(used, _)| used <= inner.last_use) {
                 continue;
             }
@@ -62,7 +96,11 @@ impl Engine<'_> {
                 best = Some((inner.last_use, part));
             }
         }
-        best.map(|(_, range)| range)
+        match best {
+            Some((_, range)) => Victim::Found(range),
+            None if leaving => Victim::Leaving,
+            None => Victim::None,
+        }
     }
 
     /// Brings home everything, or everything that is on one device, while

@@ -243,6 +243,7 @@ impl Engine<'_> {
                         report.huge += part.pages();
                     }
                     busy = 0;
+                    full = false;
                     None
                 }
                 Fate::Already => {
@@ -273,6 +274,7 @@ impl Engine<'_> {
                     if self.make_room(executor, target.device, keep) {
                         continue;
                     }
+                    // Once more: others may have made room meanwhile.
                     full = true;
                     continue;
                 }
