@@ -261,7 +261,7 @@ impl Job<'_> {
             };
             rest.map_or(Ok(()), |rest| self.migrate_from_system(rest))
         })?;
-        let done = times::TO_DEVICE.copy(|| self.read_back(range))?;
+        let done = times::TO_DEVICE.copy(range.bytes().get(), || self.read_back(range))?;
         Ok(Done { faults: 0, ..done })
     }
 
