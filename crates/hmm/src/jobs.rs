@@ -23,8 +23,6 @@ use crate::{Error, Report};
 pub(crate) const JOB_SLOTS: usize = 256;
 /// Parts of one request at most.
 pub(crate) const MAX_PARTS: usize = 16;
-/// Smallest part that is worth a worker: 4 MiB.
-const PART_PAGES: u64 = 2 * BLOCK_PAGES as u64;
 /// Parts for each worker, so that one who is quicker takes more.
 const PARTS_EACH: u64 = 4;
 /// How long to sleep before looking again; notifications come sooner.
@@ -120,13 +118,14 @@ pub(crate) fn in_parts(
         _ => (workers as u64 * PARTS_EACH).min(MAX_PARTS as u64),
     };
     // Parts end where blocks do: two workers want no block at the same time.
+    // (Half a block for each of two is slower than one block for one.)
     let first = whole.start().block_floor();
     let pages = whole
         .end()
         .pages_since(first)
         .div_ceil(parts)
         .next_multiple_of(u64::from(BLOCK_PAGES))
-        .max(PART_PAGES);
+        .max(u64::from(BLOCK_PAGES));
     let mut next = whole.start();
     std::iter::from_fn(move || {
         let part = next.pages_since(first) / pages;
