@@ -73,6 +73,7 @@ impl Engine<'_> {
         let mut owed = hmm_mem::vec();
         for piece in map.pieces() {
             let mut inner = map.block(piece.block).lock();
+            inner.clear_coherent();
             if inner.away() == 0 && inner.in_flight() == 0 {
                 continue;
             }

@@ -163,6 +163,8 @@ impl Engine<'_> {
         let page = PageRange::from_pages(address.page_floor(), PageCount::ONE);
         let reason = match Self::immovable(mapping) {
             Some(reason) => reason,
+            // Its memory and the CPU's are the same to it.
+            None if self.is_coherent(device) => StayReason::Limit,
             None => {
                 let window = self.device_window(address);
                 let mut report = MigrationReport::new();

@@ -92,7 +92,11 @@ impl Engine<'_> {
                 Found::InFlight => Resolution::Retry,
                 Found::Lost => return Err(DeviceFaultError::DeviceLost),
                 Found::Unshare(page) => self.unshare_frame(executor, page, target)?,
-                Found::Away if reach == Reach::Resident => break,
+                Found::Away
+                    if reach == Reach::Resident && !self.is_in_coherent(at, target.device) =>
+                {
+                    break;
+                }
                 Found::Away => {
                     if present <= at {
                         // From another device first: without privilege the
@@ -144,6 +148,8 @@ impl Engine<'_> {
                 let part = rest.slice(0, rest.pages().get().min(BOUNCE_PAGES));
                 let bounce = executor.bounce(part.pages().get()).start();
                 match self.space.read_pages(part, bounce).done.get() {
+                    // Without privilege the kernel cannot have a hole filled.
+                    0 if self.fill_hole_at(from) => Ok(from.plus_pages(1)),
                     0 => Err(DeviceFaultError::NotMapped { address: from }),
                     pages => Ok(from.plus_pages(pages)),
                 }

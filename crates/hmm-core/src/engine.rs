@@ -193,6 +193,7 @@ impl<'env> Engine<'env> {
     /// Brings everything home from a device. True when nothing is left on it;
     /// what goes there at the same time may be.
     pub fn vacate_device(&self, executor: &mut Executor, device: DeviceId) -> bool {
+        self.leave_coherent_device(device);
         self.bring_all_home(executor, Some(device))
     }
 
@@ -207,6 +208,7 @@ impl<'env> Engine<'env> {
         // Who found the device in place just before has arrived after this.
         self.pause();
         self.resume();
+        self.leave_coherent_device(device);
         self.bring_all_home(executor, Some(device))
     }
 

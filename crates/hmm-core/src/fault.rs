@@ -132,6 +132,18 @@ impl Engine<'_> {
         }
     }
 
+    /// Puts zeros where nobody has been yet. False when that is no hole.
+    pub(crate) fn fill_hole_at(&self, address: VirtAddr) -> bool {
+        let map = self.gate.read();
+        map.find(address).is_some_and(|piece| {
+            let mut inner = map.block(piece.block).lock();
+            matches!(
+                inner.state(piece.first),
+                PageState::System | PageState::Discarded
+            ) && matches!(self.fill_hole(&mut inner, piece), Found::Wake)
+        })
+    }
+
     /// Puts zeros where nobody has been yet, a few pages at a time.
     fn fill_hole(&self, inner: &mut crate::map::BlockInner, piece: crate::map::Piece) -> Found {
         self.stats.zero_faults.fetch_add(1, Relaxed);
@@ -146,7 +158,10 @@ impl Engine<'_> {
         let range = piece.range().slice(0, pages as u64);
         let progress = self.space.zero_pages(SpaceId::OWN, range);
         for (index, _) in (piece.first..).zip(0..progress.done.get()) {
-            inner.set(index, PageState::System);
+            // A hole in coherent memory stays there.
+            if inner.state(index) != PageState::System {
+                inner.set(index, PageState::System);
+            }
         }
         match progress.stop {
             Some(Stop::Again) if progress.done == PageCount::ZERO => Found::Again,

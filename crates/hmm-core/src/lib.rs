@@ -23,6 +23,7 @@
 //! | `migrate`, `evict` | requests and their reports; making room |
 //! | `device_fault`, `device_range` | a device's touch; a device's command on a range |
 //! | `mirror` | notifiers, snapshots and range faults |
+//! | `coherent` | device memory that the CPU uses in place |
 //! | `readahead`, `ahead` | how much to bring along; what of it is still to be brought |
 //! | `watch` | registering memory |
 //! | `order` | events that come in another order than the changes |
@@ -33,6 +34,7 @@
 
 mod ahead;
 mod children;
+mod coherent;
 mod device_fault;
 mod device_range;
 mod devices;

@@ -16,7 +16,9 @@
 
 use hmm_mem::{Box, Vec};
 use hmm_sync::{Mutex, Rank};
-use hmm_types::{BLOCK_SIZE, PAGES_PER_BLOCK, PageCount, PageRange, VirtAddr};
+use hmm_types::{
+    BLOCK_PAGES, BLOCK_SIZE, DeviceId, PAGES_PER_BLOCK, PageCount, PageRange, VirtAddr,
+};
 
 use crate::order::Order;
 use crate::page::{PageEntry, PageState};
@@ -69,6 +71,8 @@ pub(crate) struct BlockInner {
     /// Pages in flight, and pages resting away from the CPU.
     in_flight: u32,
     away: u32,
+    /// Pages in devices' coherent memory.
+    coherent: u32,
     /// The block left the program as one transparent huge page.
     pub(crate) huge: bool,
     /// When a device last asked for one of its pages.
@@ -102,6 +106,7 @@ impl BlockInner {
         };
         let slot = &mut table[index as usize];
         let before = slot.state();
+        self.coherent -= u32::from(slot.coherent().is_some());
         *slot = PageEntry::new(state);
         self.in_flight -= u32::from(before.in_flight());
         self.in_flight += u32::from(state.in_flight());
@@ -123,6 +128,49 @@ impl BlockInner {
         if let Some(table) = self.table.as_mut() {
             table[index as usize].doom();
         }
+    }
+
+    /// The device in whose coherent memory a page is.
+    pub(crate) fn coherent(&self, index: u32) -> Option<DeviceId> {
+        self.entry(index).coherent()
+    }
+
+    /// Notes in whose coherent memory a page is that rests with the CPU. The
+    /// next [`BlockInner::set`] ends that.
+    pub(crate) fn set_coherent(&mut self, index: u32, device: Option<DeviceId>) {
+        let entry = self.entry(index);
+        let table = self
+            .table
+            .get_or_insert_with(|| hmm_mem::boxed([PageEntry::SYSTEM; PAGES_PER_BLOCK]));
+        table[index as usize] = entry.with_coherent(device);
+        self.coherent -= u32::from(entry.coherent().is_some());
+        self.coherent += u32::from(device.is_some());
+    }
+
+    pub(crate) const fn has_coherent(&self) -> bool {
+        self.coherent > 0
+    }
+
+    /// Pages in one device's coherent memory.
+    pub(crate) fn count_coherent(&self, device: DeviceId) -> u64 {
+        if !self.has_coherent() {
+            return 0;
+        }
+        let there = (0..BLOCK_PAGES).filter(|&index| self.coherent(index) == Some(device));
+        there.count() as u64
+    }
+
+    /// No page is in coherent memory any more.
+    pub(crate) fn clear_coherent(&mut self) {
+        for index in 0..BLOCK_PAGES {
+            if !self.has_coherent() {
+                break;
+            }
+            if self.coherent(index).is_some() {
+                self.set_coherent(index, None);
+            }
+        }
+        self.tidy();
     }
 
     /// Pages that rest away from the CPU.
@@ -165,6 +213,7 @@ impl Block {
                     table: None,
                     in_flight: 0,
                     away: 0,
+                    coherent: 0,
                     huge: false,
                     last_use: 0,
                     in_place: 0,

@@ -84,7 +84,11 @@ impl Engine<'_> {
             from = from.plus_pages(step.passed).min(range.end());
         }
         let settled = report.moved.plus(report.stayed_pages).get();
-        report.already = PageCount::new(range.pages().get().saturating_sub(settled));
+        let left = range.pages().get().saturating_sub(settled);
+        // Others may have sent pages there that this request had brought home.
+        let came = self.leave_coherent(range, None).get().min(left);
+        report.moved += PageCount::new(came);
+        report.already = PageCount::new(left - came);
     }
 
     /// Moves what can be moved of `range`, evicting nothing inside of `keep`.
@@ -123,6 +127,9 @@ impl Engine<'_> {
             next = mapping.range.end();
             match Self::immovable(mapping).or_else(|| self.watch_mapping(executor, mapping)) {
                 Some(reason) => report.stay(mapping.range, reason),
+                None if self.is_coherent(device) => {
+                    self.migrate_coherent(executor, mapping, device, report);
+                }
                 None => self.migrate_mapping(executor, mapping, device, keep, report),
             }
         }
@@ -421,13 +428,15 @@ impl Engine<'_> {
         let map = self.gate.read();
         for piece in map.overlapping(range) {
             let inner = map.block(piece.block).lock();
-            if inner.away() == 0 && inner.in_flight() == 0 {
+            if inner.away() == 0 && inner.in_flight() == 0 && !inner.has_coherent() {
                 continue;
             }
             let skip = PageCount::new(piece.start.pages_since(range.start())).index();
             for (index, page) in (piece.first..piece.first + piece.pages).zip(&mut pages[skip..]) {
                 *page = match inner.state(index) {
-                    PageState::System | PageState::Discarded => PageResidency::System,
+                    PageState::System | PageState::Discarded => inner
+                        .coherent(index)
+                        .map_or(PageResidency::System, PageResidency::Coherent),
                     PageState::Device { device, .. } => PageResidency::Device(device),
                     PageState::Staged { device, .. } => PageResidency::Exclusive(device),
                     _ => PageResidency::InFlight,

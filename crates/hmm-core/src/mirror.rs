@@ -91,6 +91,8 @@ pub enum MirrorEntry {
         huge: bool,
         /// The zero page.
         zero: bool,
+        /// In this device's coherent memory.
+        coherent: Option<DeviceId>,
     },
     /// Away: on a device, exclusive, or in flight.
     Away {
@@ -174,7 +176,12 @@ impl Engine<'_> {
             for (entry, at) in entries[slots(part)].iter_mut().zip(part.iter_pages()) {
                 if *entry == MirrorEntry::None {
                     let write = own && may_write(at);
-                    *entry = MirrorEntry::System { write, huge, zero };
+                    *entry = MirrorEntry::System {
+                        write,
+                        huge,
+                        zero,
+                        coherent: None,
+                    };
                 }
             }
         })?;
@@ -183,7 +190,18 @@ impl Engine<'_> {
             .zip(self.residency(range))
             .zip(range.iter_pages())
         {
-            if residency != PageResidency::System && *entry != MirrorEntry::Error {
+            if *entry == MirrorEntry::Error {
+                continue;
+            }
+            if let PageResidency::Coherent(device) = residency {
+                let huge = matches!(entry, MirrorEntry::System { huge: true, .. });
+                *entry = MirrorEntry::System {
+                    write: may_write(at),
+                    huge,
+                    zero: false,
+                    coherent: Some(device),
+                };
+            } else if residency != PageResidency::System {
                 *entry = MirrorEntry::Away {
                     residency,
                     write: may_write(at),

@@ -1,15 +1,17 @@
 //! The state of one page, packed into eight bytes.
 //!
 //! ```text
-//!  63      50   49     48    47  44 43  40 39     32 31            0
-//! +----------+------+------+------+-------+---------+---------------+
-//! |          |doomed|parked|      | state | device  | frame or page |
-//! +----------+------+------+------+-------+---------+---------------+
+//!  63  51    50      49     48    47  44 43  40 39     32 31            0
+//! +------+--------+------+------+------+-------+---------+---------------+
+//! |      |coherent|doomed|parked|      | state | device  | frame or page |
+//! +------+--------+------+------+------+-------+---------+---------------+
 //! ```
 //!
 //! A page *in flight* is owned by the executor that set the state: nobody else
 //! changes it. Others leave a mark: `parked` (a CPU thread waits for the end),
 //! `doomed` (the program removed the page meanwhile, so the end is to drop it).
+//! A page that rests with the CPU may be *coherent*: in a device's memory that the
+//! CPU uses in place; then the entry has that device.
 
 use hmm_types::{DeviceId, FrameId};
 
@@ -86,6 +88,7 @@ const STATE_SHIFT: u32 = 40;
 const DEVICE_SHIFT: u32 = 32;
 const PARKED: u64 = 1 << 48;
 const DOOMED: u64 = 1 << 49;
+const COHERENT: u64 = 1 << 50;
 const NO_PAGE: u32 = u32::MAX;
 
 impl PageEntry {
@@ -161,6 +164,25 @@ impl PageEntry {
     /// The program removed the page while it was in flight.
     pub(crate) const fn doomed(self) -> bool {
         self.0 & DOOMED != 0
+    }
+
+    /// The device in whose coherent memory the page is.
+    pub(crate) fn coherent(self) -> Option<DeviceId> {
+        (self.0 & COHERENT != 0).then(|| DeviceId::new(((self.0 >> DEVICE_SHIFT) & 0xff) as usize))
+    }
+
+    /// The same page, which rests with the CPU, in a device's coherent memory or
+    /// in none.
+    pub(crate) fn with_coherent(self, device: Option<DeviceId>) -> Self {
+        let state = self.state();
+        assert!(
+            matches!(state, PageState::System | PageState::Discarded),
+            "a page that is {state:?} cannot be coherent"
+        );
+        let Self(plain) = Self::new(state);
+        Self(device.map_or(plain, |device| {
+            plain | COHERENT | (device.index() as u64) << DEVICE_SHIFT
+        }))
     }
 
     pub(crate) const fn park(&mut self) {

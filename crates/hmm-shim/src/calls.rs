@@ -43,7 +43,7 @@ unsafe fn open_device(path: *const c_char, flags: c_int) -> Option<c_int> {
         if flags & (libc::O_CREAT | libc::O_EXCL) == libc::O_CREAT | libc::O_EXCL {
             return Err(Errno(libc::EEXIST));
         }
-        engine::open()?;
+        engine::open(unit)?;
         files::sweep(driver::release);
         files::open(unit, flags)
     }))

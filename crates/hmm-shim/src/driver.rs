@@ -10,7 +10,7 @@ use hmm::{
     PageRange, PageResidency, Reach, SoftwareDevice, StayReason, VirtAddr,
 };
 
-use crate::engine::{self, CHUNK_PAGES, Engine};
+use crate::engine::{self, CHUNK_PAGES, Engine, Unit};
 use crate::errno::Errno;
 use crate::files::{self, File};
 use crate::uapi::{Command, FLAG_FAIL_ALLOC, Request, prot};
@@ -75,7 +75,8 @@ fn carry_out(
     request: Request,
     command: Command,
 ) -> Result<Done, Errno> {
-    let device = engine.devices[file.unit];
+    let unit = engine.unit(file.unit).ok_or(Errno::INVAL)?;
+    let device = unit.device;
     match request {
         Request::Flags => {
             files::set_flags(file.inode, command.npages);
@@ -90,7 +91,7 @@ fn carry_out(
     let target = Job {
         engine,
         device,
-        unit: file.unit,
+        unit,
         range: PageRange::new(VirtAddr::new(command.addr), command.npages * PAGE).ok(),
         ptr: command.ptr,
     };
@@ -108,8 +109,10 @@ fn carry_out(
 
 /// The last descriptor of a device file was closed.
 pub(crate) fn release(file: File) {
-    if let Some(engine) = engine::current() {
-        let _ = engine.hmm.vacate(engine.devices[file.unit].id());
+    if let Some(engine) = engine::current()
+        && let Some(unit) = engine.unit(file.unit)
+    {
+        let _ = engine.hmm.vacate(unit.device.id());
     }
 }
 
@@ -150,7 +153,7 @@ pub(crate) unsafe fn mmap(
 struct Job<'a> {
     engine: &'a Engine,
     device: SoftwareDevice,
-    unit: usize,
+    unit: &'a Unit,
     /// `None` where no program can have memory.
     range: Option<PageRange>,
     ptr: u64,
@@ -205,7 +208,9 @@ impl Job<'_> {
         reach: Reach,
     ) -> Result<Done, Errno> {
         let total = range.pages().get();
-        let mut buffer = self.engine.buffers[self.unit]
+        let mut buffer = self
+            .unit
+            .buffer
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         let mut done = Done::default();
@@ -294,7 +299,9 @@ impl Job<'_> {
     fn migrate_from_system(&self, range: PageRange) -> Result<(), Errno> {
         let id = self.id();
         let movable = |residency| match residency {
-            PageResidency::Device(device) | PageResidency::Exclusive(device) => device == id,
+            PageResidency::Device(device)
+            | PageResidency::Coherent(device)
+            | PageResidency::Exclusive(device) => device == id,
             _ => true,
         };
         self.for_runs(range, movable, |run| {
@@ -335,7 +342,10 @@ impl Job<'_> {
     fn migrate_to_system(&self, file: File) -> Result<Done, Errno> {
         let (range, fails) = self.begin_migration(file)?;
         let id = self.id();
-        let here = |residency| residency == PageResidency::Device(id);
+        let here = |residency| match residency {
+            PageResidency::Device(device) | PageResidency::Coherent(device) => device == id,
+            _ => false,
+        };
         let mut cpages = 0;
         let mut failed = fails;
         self.for_runs(range, here, |run| {
@@ -363,7 +373,10 @@ impl Job<'_> {
     /// in small pages then; for a small one the command ends.
     fn evict_with_failure(&self, run: PageRange) -> Result<(u64, Option<PageRange>), Errno> {
         let entries = self.engine.hmm.snapshot(run).map_err(errno_of)?;
-        let huge = matches!(entries.first(), Some(MirrorEntry::Away { huge: true, .. }));
+        let huge = matches!(
+            entries.first(),
+            Some(MirrorEntry::Away { huge: true, .. } | MirrorEntry::System { huge: true, .. })
+        );
         if !huge || run.pages().get() < HUGE_PAGES {
             return Err(Errno::NOMEM);
         }
@@ -459,9 +472,19 @@ impl Job<'_> {
         match entry {
             MirrorEntry::Error => prot::ERROR,
             MirrorEntry::None => prot::NONE,
-            MirrorEntry::System { write, huge, zero } => {
-                let zero = if zero && !huge { prot::ZERO } else { 0 };
-                zero | access(write) | size(huge)
+            MirrorEntry::System {
+                write,
+                huge,
+                zero,
+                coherent,
+            } => {
+                let place = match coherent {
+                    Some(device) if device == self.id() => prot::DEV_COHERENT_LOCAL,
+                    Some(_) => prot::DEV_COHERENT_REMOTE,
+                    None if zero && !huge => prot::ZERO,
+                    None => 0,
+                };
+                place | access(write) | size(huge)
             }
             MirrorEntry::Away {
                 residency: PageResidency::Device(device),

@@ -5,13 +5,13 @@
 //! pages. When the child opens a device itself, that is waited for first.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, Once, PoisonError};
+use std::sync::{Mutex, MutexGuard, Once, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use hmm::{ByteCount, Hmm, PageCount, SoftwareDevice, SoftwareOptions};
 
 use crate::errno::Errno;
-use crate::files::{self, UNITS};
+use crate::files::{self, FIRST_COHERENT, UNITS};
 use crate::times;
 
 /// Pages that are copied between device and program at a time: few enough that
@@ -28,9 +28,23 @@ const FAREWELL_PATIENCE: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub(crate) struct Engine {
     pub(crate) hmm: Hmm,
-    pub(crate) devices: [SoftwareDevice; UNITS],
-    /// Engine memory for data between a device and the program, for each.
-    pub(crate) buffers: [Mutex<hmm_mem::Vec<u8>>; UNITS],
+    /// The devices that have been opened.
+    units: [OnceLock<Unit>; UNITS],
+}
+
+/// A device.
+#[derive(Debug)]
+pub(crate) struct Unit {
+    pub(crate) device: SoftwareDevice,
+    /// Engine memory for data between the device and the program.
+    pub(crate) buffer: Mutex<hmm_mem::Vec<u8>>,
+}
+
+impl Engine {
+    /// A device, if it has been opened.
+    pub(crate) fn unit(&self, number: usize) -> Option<&Unit> {
+        self.units[number].get()
+    }
 }
 
 static ENGINE: Mutex<Option<&'static Engine>> = Mutex::new(None);
@@ -55,54 +69,69 @@ pub(crate) fn current() -> Option<&'static Engine> {
     if is_own_process() { *lock() } else { None }
 }
 
-/// The engine, opened if need be.
-pub(crate) fn open() -> Result<&'static Engine, Errno> {
+/// Opens a device, and the engine if need be.
+pub(crate) fn open(unit: usize) -> Result<(), Errno> {
     if !is_own_process() {
         return Err(Errno::NODEV);
     }
     install_hooks();
     let mut slot = lock();
+    let refused = |error| {
+        complain(&format!("cannot open the device: {error}"));
+        Errno::NODEV
+    };
     if let Some(engine) = *slot {
-        return Ok(engine);
+        return add_unit(engine, unit).map_err(refused);
     }
     if INHERITED.load(Ordering::Acquire) && !Hmm::await_handover(HANDOVER_PATIENCE) {
         complain("the parent's engine has not handed this process's memory over");
         return Err(Errno::BUSY);
     }
-    let engine: &'static Engine = Box::leak(Box::new(start().map_err(|error| {
-        complain(&format!("cannot open the devices: {error}"));
-        Errno::NODEV
-    })?));
+    let engine: &'static Engine = Box::leak(Box::new(start().map_err(refused)?));
     *slot = Some(engine);
-    Ok(engine)
+    add_unit(engine, unit).map_err(refused)
 }
 
 fn start() -> Result<Engine, hmm::Error> {
-    let memory = std::env::var("HMM_DEVICE_MEMORY")
-        .ok()
-        .and_then(|mebibytes| mebibytes.parse().ok())
-        .map_or(DEVICE_MEMORY, ByteCount::mib);
     // As with the driver, a page comes home when it is touched, and no other
     // with it: another thread may just be looking at those on its device.
     let hmm = Hmm::builder()
         .fault_granule(PageCount::ONE)
         .readahead(false)
         .open()?;
-    let device = |name| {
-        let options = SoftwareOptions::new(memory).name(name).workers(1);
-        hmm.add_software_device(options)
-    };
-    let devices = [device("hmm_dmirror0")?, device("hmm_dmirror1")?];
-    let buffers = std::array::from_fn(|_| {
-        let mut buffer = hmm_mem::vec();
-        buffer.resize(PageCount::new(CHUNK_PAGES).bytes_usize(), 0);
-        Mutex::new(buffer)
-    });
     Ok(Engine {
         hmm,
-        devices,
-        buffers,
+        units: [const { OnceLock::new() }; UNITS],
     })
+}
+
+/// Adds a device unless it is there. One thread at a time.
+fn add_unit(engine: &Engine, number: usize) -> Result<(), hmm::Error> {
+    const NAMES: [&str; UNITS] = [
+        "hmm_dmirror0",
+        "hmm_dmirror1",
+        "hmm_dmirror2",
+        "hmm_dmirror3",
+    ];
+    if engine.unit(number).is_some() {
+        return Ok(());
+    }
+    let memory = std::env::var("HMM_DEVICE_MEMORY")
+        .ok()
+        .and_then(|mebibytes| mebibytes.parse().ok())
+        .map_or(DEVICE_MEMORY, ByteCount::mib);
+    let options = SoftwareOptions::new(memory)
+        .name(NAMES[number])
+        .workers(1)
+        .coherent(number >= FIRST_COHERENT);
+    let device = engine.hmm.add_software_device(options)?;
+    let mut buffer = hmm_mem::vec();
+    buffer.resize(PageCount::new(CHUNK_PAGES).bytes_usize(), 0);
+    engine.units[number].get_or_init(|| Unit {
+        device,
+        buffer: Mutex::new(buffer),
+    });
+    Ok(())
 }
 
 fn complain(text: &str) {

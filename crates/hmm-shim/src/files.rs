@@ -15,8 +15,10 @@ use crate::real;
 
 /// Device files that one process has open at a time.
 pub(crate) const MAX_FILES: usize = 1024;
-/// Devices: two with private memory.
-pub(crate) const UNITS: usize = 2;
+/// Devices: two with private memory, two with coherent memory.
+pub(crate) const UNITS: usize = 4;
+/// The first with coherent memory.
+pub(crate) const FIRST_COHERENT: usize = 2;
 
 /// What a descriptor leads to: device and inode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -63,7 +63,7 @@ pub(crate) fn mark(buffer: u64, len: usize, offset: u64) {
         };
         let mut changed = false;
         for (word, page) in words.iter_mut().zip(residency.pages()) {
-            let away = !matches!(page, PageResidency::System);
+            let away = !matches!(page, PageResidency::System | PageResidency::Coherent(_));
             if away && *word & (PRESENT | SWAPPED) == 0 {
                 *word |= SWAPPED;
                 changed = true;

@@ -44,6 +44,8 @@ pub struct SimConfig {
     pub threads: u32,
     /// Devices.
     pub devices: usize,
+    /// Whether the last device's memory is the CPU's as well.
+    pub coherent: bool,
     /// Frames of each device.
     pub frames: u32,
     /// Staging slots of small pages.
@@ -97,6 +99,7 @@ impl SimConfig {
             poison,
             threads: u32::try_from(rng.between(1, 3)).unwrap_or(1),
             devices: 1 + rng.index(2),
+            coherent: false,
             frames: u32::try_from(if rng.one_in(3) {
                 rng.between(8, 64)
             } else {

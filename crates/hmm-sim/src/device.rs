@@ -105,7 +105,7 @@ impl SimDevice {
             info: DeviceInfo {
                 name: "simulated",
                 memory: ByteCount::new(u64::from(config.frames) * PAGE_SIZE),
-                coherent: false,
+                coherent: config.coherent && index + 1 == config.devices,
                 atomics: true,
                 system_memory: true,
             },

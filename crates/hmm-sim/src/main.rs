@@ -31,6 +31,9 @@ struct Arguments {
     /// Operations of each program.
     #[arg(long, default_value_t = 400)]
     ops: u64,
+    /// Gives the last device memory that the CPU uses in place.
+    #[arg(long)]
+    coherent: bool,
     /// Threads that run seeds; each seed is run by one.
     #[arg(long, default_value_t = 1)]
     jobs: u64,
@@ -114,7 +117,10 @@ fn run_seeds(arguments: &Arguments, shared: &Shared, end: u64) {
         if seed >= end || shared.stop.load(Ordering::Relaxed) {
             return;
         }
-        let config = SimConfig::from_seed(seed, arguments.ops);
+        let config = SimConfig {
+            coherent: arguments.coherent,
+            ..SimConfig::from_seed(seed, arguments.ops)
+        };
         match run::<CoreEngine>(&config) {
             Ok(report) => {
                 if arguments.verbose {
@@ -152,7 +158,10 @@ fn minimise(config: &SimConfig, failure: &Failure) -> (SimConfig, Failure) {
     let (mut low, mut high) = (0, config.ops);
     while low + 1 < high {
         let ops = low.midpoint(high);
-        let smaller = SimConfig::from_seed(config.seed, ops);
+        let smaller = SimConfig {
+            coherent: config.coherent,
+            ..SimConfig::from_seed(config.seed, ops)
+        };
         match run::<CoreEngine>(&smaller) {
             Ok(_) => low = ops,
             Err(failure) => {

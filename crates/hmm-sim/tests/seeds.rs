@@ -21,6 +21,22 @@ fn the_engine_is_right_for_many_programs() {
 }
 
 #[test]
+fn the_engine_is_right_with_a_coherent_device() {
+    for seed in 0..SEEDS {
+        let config = SimConfig {
+            coherent: true,
+            ..SimConfig::from_seed(seed, OPS)
+        };
+        if let Err(failure) = run::<CoreEngine>(&config) {
+            panic!(
+                "seed {seed}: {}\nreplay: cargo run --release -p hmm-sim -- --coherent --seed {seed} --ops {OPS}",
+                failure.message
+            );
+        }
+    }
+}
+
+#[test]
 fn a_seed_of_the_engine_replays() {
     for seed in 0..20 {
         let config = SimConfig::from_seed(seed, OPS);

@@ -21,6 +21,9 @@ pub struct SoftConfig {
     pub populate: bool,
     /// Overwrite frames when they are freed, so that a use after free shows.
     pub poison_freed: bool,
+    /// Its memory is the CPU's as well (device-coherent): a model, in which pages
+    /// stay where they are and `memory` says how many may be the device's.
+    pub coherent: bool,
     /// Use membarrier(2) where there is one, which makes accesses cheap and
     /// unmapping dear. Otherwise every access pays a fence.
     pub membarrier: bool,
@@ -37,6 +40,7 @@ impl SoftConfig {
             workers: processors.min(MAX_WORKERS),
             populate: false,
             poison_freed: false,
+            coherent: false,
             membarrier: true,
         }
     }

@@ -392,7 +392,7 @@ impl Device for SoftDevice {
         DeviceInfo {
             name: self.config.name,
             memory: self.memory.size(),
-            coherent: false,
+            coherent: self.config.coherent,
             atomics: true,
             system_memory: true,
         }

@@ -79,6 +79,8 @@ pub enum PageResidency {
     System,
     /// The device's memory.
     Device(DeviceId),
+    /// A device's memory that the CPU uses in place.
+    Coherent(DeviceId),
     /// Taken from the CPU for a device's atomics; the next CPU touch revokes it.
     Exclusive(DeviceId),
     /// Between two places at the moment of the snapshot.

@@ -57,6 +57,17 @@ impl SoftwareOptions {
         self.0.poison_freed = on;
         self
     }
+
+    /// The CPU uses the device's memory in place (device-coherent, as with CXL).
+    /// It is a model of such a device: pages that migrate there stay where they
+    /// are and count as the device's, so neither the CPU nor the device faults on
+    /// them; they are the device's until they are evicted, dropped, moved to
+    /// another device, or the process forks.
+    #[must_use]
+    pub const fn coherent(mut self, on: bool) -> Self {
+        self.0.coherent = on;
+        self
+    }
 }
 
 /// A software device of an engine. Copies of the handle are the same device.

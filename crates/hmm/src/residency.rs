@@ -40,6 +40,7 @@ impl Residency {
     #[must_use]
     pub fn on_device(&self, device: DeviceId) -> PageCount {
         self.count(PageResidency::Device(device))
+            .plus(self.count(PageResidency::Coherent(device)))
     }
 
     /// Pages in system memory, or not there yet.
@@ -55,7 +56,7 @@ impl Residency {
     fn glyph(page: PageResidency) -> char {
         match page {
             PageResidency::System => '.',
-            PageResidency::Device(device) => {
+            PageResidency::Device(device) | PageResidency::Coherent(device) => {
                 debug_assert!(device.index() < MAX_DEVICES);
                 char::from_digit(u32::try_from(device.index()).unwrap_or(0), 16).unwrap_or('?')
             }

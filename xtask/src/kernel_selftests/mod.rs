@@ -92,7 +92,7 @@ pub fn step(workspace: &Workspace, summary: &mut Summary) -> Result<Done> {
         return Ok(Done::Skipped(reason.to_owned()));
     }
     let options = Options {
-        variant: Variant::Private,
+        variant: Variant::All,
         ..Options::default()
     };
     let sources = match Sources::provide(workspace, Some(SUITE), false) {

@@ -1,0 +1,178 @@
+//! Device memory that the CPU uses in place: the kernel's device-coherent memory
+//! (`mm/memremap.c`, `MEMORY_DEVICE_COHERENT`), as CXL has it.
+//!
+//! A page there is in the CPU's page table as any other; nothing faults, and
+//! nothing comes home by itself. This is its model: the page stays where it is,
+//! and the engine notes on it whose memory it stands for. The device uses it in
+//! place. The note goes when the program drops the page, when it moves to another
+//! device or is brought home, and from all pages when the process forks, as after
+//! that the first write to each makes a copy in system memory.
+
+use hmm_hal::Mapping;
+use hmm_types::{DeviceId, PageCount, PageRange, StayReason, VirtAddr};
+
+use crate::engine::{BUSY_LIMIT, Engine};
+use crate::executor::Executor;
+use crate::home::Home;
+use crate::map::{BlockInner, Piece};
+use crate::page::PageState;
+use crate::report::MigrationReport;
+
+/// What the first pages of a range are.
+enum First {
+    /// So many are the device's now, and of these so many were before.
+    There {
+        pages: u64,
+        already: u64,
+    },
+    /// On a device that the CPU cannot reach, or exclusive.
+    Away,
+    InFlight,
+    Gone,
+}
+
+impl Engine<'_> {
+    /// Whether the CPU uses this device's memory in place.
+    pub(crate) fn is_coherent(&self, device: DeviceId) -> bool {
+        self.devices
+            .get(device)
+            .is_some_and(|slot| slot.device.info().coherent)
+    }
+
+    /// Moves a mapping's pages to a device's coherent memory, as many as it has
+    /// room for.
+    pub(crate) fn migrate_coherent(
+        &self,
+        executor: &mut Executor,
+        mapping: &Mapping,
+        device: DeviceId,
+        report: &mut MigrationReport,
+    ) {
+        let size = self.devices.slot(device).device.info().memory.whole_pages();
+        let mut room = size.get().saturating_sub(self.coherent_pages(device));
+        let mut from = mapping.range.start();
+        let mut waits = 0;
+        while from < mapping.range.end() {
+            let rest = PageRange::span(from, mapping.range.end());
+            let page = rest.slice(0, 1);
+            let stays = match self.mark_run(rest, device, room) {
+                First::There { pages, already } => {
+                    report.moved += PageCount::new(pages - already);
+                    report.already += PageCount::new(already);
+                    room -= pages - already;
+                    waits = 0;
+                    from = from.plus_pages(pages);
+                    if pages > 0 {
+                        continue;
+                    }
+                    StayReason::NoDeviceMemory
+                }
+                First::Gone => StayReason::NotMapped,
+                First::Away | First::InFlight if waits == BUSY_LIMIT => StayReason::Busy,
+                First::Away => {
+                    waits += 1;
+                    match self.step_home(executor, page, Home::ahead()).stuck {
+                        None | Some((_, StayReason::Busy)) => continue,
+                        Some((_, reason)) => reason,
+                    }
+                }
+                First::InFlight => {
+                    waits += 1;
+                    self.wait_for_transition();
+                    continue;
+                }
+            };
+            report.stay(page, stays);
+            from = from.plus_pages(1);
+        }
+    }
+
+    /// Notes on pages from the start of a range, up to the end of a block, that
+    /// they are a device's.
+    fn mark_run(&self, range: PageRange, device: DeviceId, room: u64) -> First {
+        let map = self.gate.read();
+        let Some(piece) = map.find(range.start()) else {
+            return First::Gone;
+        };
+        let mut inner = map.block(piece.block).lock();
+        match inner.state(piece.first) {
+            state if state.in_flight() => return First::InFlight,
+            state if state.is_away() => return First::Away,
+            _ => {}
+        }
+        let (mut pages, mut already) = (0, 0);
+        for index in at_home(&inner, piece, range) {
+            if inner.coherent(index) == Some(device) {
+                already += 1;
+            } else if pages - already < room {
+                inner.set_coherent(index, Some(device));
+            } else {
+                break;
+            }
+            pages += 1;
+        }
+        inner.last_use = self.next_use();
+        First::There { pages, already }
+    }
+
+    /// Pages of a device's coherent memory that are in use.
+    fn coherent_pages(&self, device: DeviceId) -> u64 {
+        let map = self.gate.read();
+        map.blocks()
+            .map(|block| block.lock().count_coherent(device))
+            .sum()
+    }
+
+    /// Brings pages back from coherent memory: all of the range, or those of one
+    /// device. Returns how many there were.
+    pub(crate) fn leave_coherent(&self, range: PageRange, only: Option<DeviceId>) -> PageCount {
+        let mut pages = 0;
+        let map = self.gate.read();
+        for piece in map.overlapping(range) {
+            let mut inner = map.block(piece.block).lock();
+            if !inner.has_coherent() {
+                continue;
+            }
+            for index in piece.first..piece.first + piece.pages {
+                let leaves = match inner.coherent(index) {
+                    Some(device) => only.is_none_or(|only| only == device),
+                    None => false,
+                };
+                if leaves {
+                    inner.set_coherent(index, None);
+                    pages += 1;
+                }
+            }
+            inner.tidy();
+        }
+        PageCount::new(pages)
+    }
+
+    /// The same for all memory.
+    pub(crate) fn leave_coherent_device(&self, device: DeviceId) {
+        if self.is_coherent(device) {
+            let first = VirtAddr::new(hmm_types::PAGE_SIZE);
+            let everything = PageRange::span(first, VirtAddr::new(hmm_types::USER_END));
+            self.leave_coherent(everything, Some(device));
+        }
+    }
+
+    /// Whether a page is in this device's coherent memory.
+    pub(crate) fn is_in_coherent(&self, address: VirtAddr, device: DeviceId) -> bool {
+        let map = self.gate.read();
+        map.find(address).is_some_and(|piece| {
+            let inner = map.block(piece.block).lock();
+            inner.coherent(piece.first) == Some(device)
+        })
+    }
+}
+
+/// Pages of a block from the start of a piece that rest with the CPU.
+fn at_home(inner: &BlockInner, piece: Piece, range: PageRange) -> std::ops::Range<u32> {
+    let most = u64::from(piece.pages).min(range.pages().get());
+    let most = u32::try_from(most).unwrap_or(piece.pages);
+    let pages = (piece.first..piece.first + most)
+        .take_while(|&index| matches!(inner.state(index), PageState::System | PageState::Discarded))
+        .count();
+    piece.first..piece.first + u32::try_from(pages).unwrap_or(0)
+}
