@@ -107,11 +107,13 @@ pub fn self_skipped(junit: &str) -> Vec<(String, String)> {
     found
 }
 
-/// The reason in the first line that says `SKIPPED:`.
+/// The reason in the first line that says `SKIPPED: reason`, or `SKIPPED name: reason`.
 pub fn skip_reason(output: &str) -> Option<&str> {
     output.lines().find_map(|line| {
-        let at = line.find("SKIPPED:").or_else(|| line.find("skipped: "))?;
-        let (_, reason) = line[at..].split_once(':')?;
+        let at = ["SKIPPED:", "SKIPPED ", "skipped: "]
+            .iter()
+            .find_map(|mark| line.find(mark))?;
+        let (_, reason) = line[at..].split_once(": ")?;
         Some(reason.split("</").next().unwrap_or(reason).trim())
     })
 }
@@ -165,5 +167,8 @@ mod tests {
             self_skipped(junit),
             [("a".to_owned(), "no <THP> here".to_owned())]
         );
+        let named = "running 1 test\nSKIPPED program::x: no device\ntest a ... ok";
+        assert_eq!(skip_reason(named), Some("no device"));
+        assert_eq!(skip_reason("test a ... ok\n2 filtered out"), None);
     }
 }

@@ -18,7 +18,7 @@ use crate::process::Invocation;
 use crate::workspace::Workspace;
 
 /// Crates whose tests run.
-const CRATES: [&str; 1] = ["hmm"];
+const CRATES: [&str; 2] = ["hmm", "hmm-shim"];
 /// The user and the group: nobody's.
 const NOBODY: &str = "65534";
 /// After this a test hangs, and is killed; a stress test may take longer.
@@ -48,12 +48,18 @@ pub struct Ran {
 
 /// Builds the tests and runs each in a process of its own.
 pub fn run(workspace: &Workspace) -> Result<Ran> {
-    let binaries = build(workspace)?;
+    let Built {
+        binaries,
+        libraries,
+    } = build(workspace)?;
     if binaries.is_empty() {
         bail!("no test binaries were built for {CRATES:?}");
     }
     let place = Place::new()?;
     let mut ran = Ran::default();
+    for library in &libraries {
+        place.copy(library)?;
+    }
     for binary in &binaries {
         let copy = place.copy(binary)?;
         let name = copy.file_name().unwrap_or_default().to_string_lossy();
@@ -65,9 +71,17 @@ pub fn run(workspace: &Workspace) -> Result<Ran> {
     Ok(ran)
 }
 
+/// What was built.
+#[derive(Default)]
+struct Built {
+    binaries: Vec<PathBuf>,
+    /// Shared libraries, which tests look for beside themselves.
+    libraries: Vec<PathBuf>,
+}
+
 /// The test binaries. The whole workspace is built, as the other steps do, so
 /// that nothing is built twice.
-fn build(workspace: &Workspace) -> Result<Vec<PathBuf>> {
+fn build(workspace: &Workspace) -> Result<Built> {
     let command = workspace.cargo([
         "test",
         "--workspace",
@@ -83,7 +97,7 @@ fn build(workspace: &Workspace) -> Result<Vec<PathBuf>> {
     if !output.status.success() {
         bail!("the tests do not build");
     }
-    let mut binaries = Vec::new();
+    let mut built = Built::default();
     for line in String::from_utf8_lossy(&output.stdout).lines() {
         let Ok(message) = serde_json::from_str::<Value>(line) else {
             continue;
@@ -92,15 +106,20 @@ fn build(workspace: &Workspace) -> Result<Vec<PathBuf>> {
             .as_str()
             .and_then(|path| Path::new(path).parent()?.file_name()?.to_str());
         let wanted = crate_directory.is_some_and(|name| CRATES.contains(&name));
+        let files = message["filenames"].as_array().into_iter().flatten();
+        let libraries = files
+            .filter_map(Value::as_str)
+            .filter(|path| wanted && path.ends_with(".so"));
+        built.libraries.extend(libraries.map(PathBuf::from));
         if let (true, true, Some(executable)) = (
             wanted,
             message["profile"]["test"] == true,
             message["executable"].as_str(),
         ) {
-            binaries.push(PathBuf::from(executable));
+            built.binaries.push(PathBuf::from(executable));
         }
     }
-    Ok(binaries)
+    Ok(built)
 }
 
 /// A directory that everybody can read, gone when dropped.

@@ -114,6 +114,9 @@ impl Engine<'_> {
     /// lost, to the child as to the parent: it is poisoned. True when nothing
     /// was left.
     pub fn bring_all_home_before_fork(&self, executor: &mut Executor) -> bool {
+        for (device, _) in self.devices.all() {
+            self.leave_coherent_device(device);
+        }
         self.bring_all(executor, None, Home::whatever_it_takes())
     }
 

@@ -1,5 +1,5 @@
-//! The calls that are looked at. Whatever is not about a device goes on to
-//! libc as it came.
+//! The calls that a device is used with. Whatever is not about a device goes on
+//! to libc as it came.
 
 use std::ffi::{CStr, c_char, c_int, c_ulong, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -9,12 +9,12 @@ use crate::{driver, engine, files, pagemap, real};
 
 /// Engine threads have a descriptor table of their own: their numbers mean
 /// something else.
-fn is_programs() -> bool {
+pub(crate) fn is_programs() -> bool {
     !hmm::is_engine_thread()
 }
 
 /// A result as libc gives it; a panic must not reach the program.
-fn result(call: impl FnOnce() -> Result<c_int, Errno>) -> c_int {
+pub(crate) fn result(call: impl FnOnce() -> Result<c_int, Errno>) -> c_int {
     match catch_unwind(AssertUnwindSafe(call)).unwrap_or(Err(Errno::IO)) {
         Ok(value) => value,
         Err(error) => {
@@ -151,44 +151,24 @@ macro_rules! preads {
 
 preads! { pread pread64 }
 
-/// Closes a descriptor; a device whose last descriptor that was gives back its
-/// memory.
-///
-/// # Safety
-/// As close(2).
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn close(fd: c_int) -> c_int {
-    let file = if files::any() && is_programs() && engine::is_own_process() {
-        files::find(fd)
-    } else {
-        None
-    };
-    // SAFETY: the caller's contract.
-    let closed = unsafe { real::close(fd) };
-    if let Some(file) = file {
-        let error = Errno::last();
-        let _ = catch_unwind(|| {
-            if files::is_abandoned(file.inode) && files::remove(file.inode).is_some() {
-                driver::release(file);
+macro_rules! exits {
+    ($($name:ident)*) => {$(
+        /// Ends the process, as soon as forked children do not need it any more.
+        ///
+        /// # Safety
+        /// As _exit(2).
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name(status: c_int) -> ! {
+            if is_programs() {
+                let _ = catch_unwind(engine::farewell_now);
             }
-        });
-        error.set();
-    }
-    closed
+            // SAFETY: ends the process; nothing of it is used any more.
+            unsafe {
+                libc::syscall(libc::SYS_exit_group, status);
+                std::hint::unreachable_unchecked()
+            }
+        }
+    )*};
 }
 
-/// Ends the process, as soon as forked children do not need it any more.
-///
-/// # Safety
-/// As _exit(2).
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn _exit(status: c_int) -> ! {
-    if is_programs() {
-        let _ = catch_unwind(engine::farewell_now);
-    }
-    // SAFETY: ends the process; nothing of it is used any more.
-    unsafe {
-        libc::syscall(libc::SYS_exit_group, status);
-        std::hint::unreachable_unchecked()
-    }
-}
+exits! { _exit _Exit }

@@ -148,8 +148,14 @@ fn install_hooks() {
         unsafe {
             libc::pthread_atfork(Some(hold), Some(let_go), Some(let_go_in_child));
             libc::atexit(farewell);
+            at_quick_exit(farewell);
         }
     });
+}
+
+unsafe extern "C" {
+    /// As atexit(3), for quick_exit(3).
+    fn at_quick_exit(function: extern "C" fn()) -> std::ffi::c_int;
 }
 
 thread_local! {

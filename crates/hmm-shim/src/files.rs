@@ -5,6 +5,7 @@
 
 use std::ffi::{CStr, c_int};
 use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -26,24 +27,22 @@ pub(crate) struct Inode(u64, u64);
 
 impl Inode {
     pub(crate) fn of(fd: c_int) -> Option<Self> {
-        // SAFETY: the kernel fills the structure, or says that it has not.
-        Self::from(|stat| unsafe { libc::fstat(fd, stat) })
+        if fd < 0 {
+            return None;
+        }
+        // By the kernel's own call: libc's would be this library's.
+        // SAFETY: the number is looked at once; a wrong one is an error.
+        let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+        Self::from(rustix::fs::fstat(fd))
     }
 
     /// The inode that a path names.
     pub(crate) fn at(path: &CStr) -> Option<Self> {
-        // SAFETY: as above; the path is a C string.
-        Self::from(|stat| unsafe { libc::stat(path.as_ptr(), stat) })
+        Self::from(rustix::fs::stat(path))
     }
 
-    fn from(fill: impl FnOnce(*mut libc::stat) -> c_int) -> Option<Self> {
-        let mut stat = std::mem::MaybeUninit::<libc::stat>::uninit();
-        if fill(stat.as_mut_ptr()) != 0 {
-            return None;
-        }
-        // SAFETY: filled.
-        let stat = unsafe { stat.assume_init() };
-        Some(Self(stat.st_dev, stat.st_ino))
+    fn from(stat: rustix::io::Result<rustix::fs::Stat>) -> Option<Self> {
+        stat.ok().map(|stat| Self(stat.st_dev, stat.st_ino))
     }
 }
 
@@ -194,9 +193,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn two_paths_are_devices() {
+    fn four_paths_are_devices() {
         assert_eq!(unit_of(c"/dev/hmm_dmirror0"), Some(0));
-        assert_eq!(unit_of(c"/dev/hmm_dmirror1"), Some(1));
+        assert_eq!(unit_of(c"/dev/hmm_dmirror3"), Some(3));
         assert_eq!(unit_of(c"/dev/hmm_dmirror4"), None);
         assert_eq!(unit_of(c"/dev/hmm_dmirror"), None);
         assert_eq!(unit_of(c"/dev/hmm_dmirror00"), None);

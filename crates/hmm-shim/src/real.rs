@@ -1,6 +1,6 @@
 //! The calls of whoever comes next: libc, or another library like this one.
 
-use std::ffi::{CStr, c_char, c_int, c_ulong, c_void};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_ulong, c_void};
 use std::sync::atomic::{AtomicPtr, Ordering};
 
 /// A function of libc, looked up at its first use.
@@ -86,4 +86,38 @@ next! {
     pread64(fd: c_int, buffer: *mut c_void, len: usize, offset: i64) -> isize;
     /// close(2).
     close(fd: c_int) -> c_int;
+    /// close_range(2).
+    close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int;
+    /// closefrom(3).
+    closefrom(first: c_int) -> ();
+    /// dup2(2).
+    dup2(from: c_int, to: c_int) -> c_int;
+    /// dup3(2).
+    dup3(from: c_int, to: c_int, flags: c_int) -> c_int;
+    /// stat(2).
+    stat(path: *const c_char, status: *mut libc::stat) -> c_int;
+    /// stat(2) with large files: the same on 64-bit machines.
+    stat64(path: *const c_char, status: *mut libc::stat) -> c_int;
+    /// lstat(2).
+    lstat(path: *const c_char, status: *mut libc::stat) -> c_int;
+    /// lstat(2) with large files.
+    lstat64(path: *const c_char, status: *mut libc::stat) -> c_int;
+    /// fstat(2).
+    fstat(fd: c_int, status: *mut libc::stat) -> c_int;
+    /// fstat(2) with large files.
+    fstat64(fd: c_int, status: *mut libc::stat) -> c_int;
+    /// fstatat(2).
+    fstatat(directory: c_int, path: *const c_char, status: *mut libc::stat, flags: c_int) -> c_int;
+    /// fstatat(2) with large files.
+    fstatat64(directory: c_int, path: *const c_char, status: *mut libc::stat, flags: c_int) -> c_int;
+    /// statx(2).
+    statx(directory: c_int, path: *const c_char, flags: c_int, mask: c_uint, status: *mut libc::statx) -> c_int;
+    /// access(2).
+    access(path: *const c_char, mode: c_int) -> c_int;
+    /// euidaccess(3).
+    euidaccess(path: *const c_char, mode: c_int) -> c_int;
+    /// The same by another name.
+    eaccess(path: *const c_char, mode: c_int) -> c_int;
+    /// faccessat(2).
+    faccessat(directory: c_int, path: *const c_char, mode: c_int, flags: c_int) -> c_int;
 }

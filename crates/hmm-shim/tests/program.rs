@@ -398,3 +398,239 @@ fn system_calls_work_on_what_is_on_a_device() {
         }
     });
 }
+
+/// A device file as the program finds it, without opening it or opened.
+#[test]
+fn a_device_file_looks_like_one() {
+    under_shim("a_device_file_looks_like_one", || {
+        let path = c"/dev/hmm_dmirror1".as_ptr();
+        // SAFETY: C strings; plain structures that are filled or not used.
+        unsafe {
+            assert_eq!(libc::access(path, libc::R_OK | libc::W_OK), 0);
+            assert_eq!(libc::access(path, libc::X_OK), -1);
+            assert_eq!(libc::faccessat(libc::AT_FDCWD, path, libc::F_OK, 0), 0);
+            assert_eq!(
+                libc::access(c"/dev/hmm_dmirror7".as_ptr(), libc::F_OK),
+                -1,
+                "a device that is not there"
+            );
+            let mut at_path = std::mem::zeroed::<libc::stat>();
+            assert_eq!(libc::stat(path, &raw mut at_path), 0);
+            let fd = device(1);
+            let mut opened = std::mem::zeroed::<libc::stat>();
+            assert_eq!(libc::fstat(fd.as_raw_fd(), &raw mut opened), 0);
+            let mut empty = std::mem::zeroed::<libc::stat>();
+            let flags = libc::AT_EMPTY_PATH;
+            let done = libc::fstatat(fd.as_raw_fd(), c"".as_ptr(), &raw mut empty, flags);
+            assert_eq!(done, 0);
+            for status in [at_path, opened, empty] {
+                assert_eq!(status.st_mode & libc::S_IFMT, libc::S_IFCHR);
+                assert_eq!(libc::minor(status.st_rdev), 1);
+            }
+            // What is no device is what it was.
+            let mut file = std::mem::zeroed::<libc::stat>();
+            assert_eq!(libc::stat(c"/proc/self/exe".as_ptr(), &raw mut file), 0);
+            assert_eq!(file.st_mode & libc::S_IFMT, libc::S_IFREG);
+        }
+        // By way of statx(2).
+        let kind = std::fs::metadata("/dev/hmm_dmirror0").unwrap().file_type();
+        assert!(std::os::unix::fs::FileTypeExt::is_char_device(&kind));
+    });
+}
+
+/// However the last descriptor goes, the device gives its memory back.
+#[test]
+fn a_device_that_is_replaced_or_closed_with_others_gives_its_memory_back() {
+    under_shim(
+        "a_device_that_is_replaced_or_closed_with_others_gives_its_memory_back",
+        || {
+            let area = Area::new(64);
+            let mirror = Area::new(64);
+            let seen = |fd: &OwnedFd| {
+                let answer = ask(fd, SNAPSHOT, &area, &mirror);
+                assert_eq!(answer, Ok((64, 0)));
+                // SAFETY: the first byte of the answer.
+                unsafe { mirror.start.cast::<u8>().read_volatile() }
+            };
+            const ON_DEVICE: u8 = 0x20 | 2;
+            const AT_HOME: u8 = 2;
+            // The other device sees what this one has.
+            let witness = device(1);
+            let ways: [fn(c_int) -> c_int; 4] = [
+                // SAFETY: descriptors of this test's own.
+                |fd| unsafe { libc::dup2(0, fd) },
+                // SAFETY: as above.
+                |fd| unsafe { libc::dup3(0, fd, libc::O_CLOEXEC) },
+                // SAFETY: as above.
+                |fd| unsafe { libc::close_range(fd.cast_unsigned(), fd.cast_unsigned(), 0) },
+                // SAFETY: as above.
+                |fd| unsafe { libc::close(fd) },
+            ];
+            for way in ways {
+                let fd = device(0);
+                assert_eq!(ask(&fd, TO_DEVICE, &area, &mirror), Ok((64, 0)));
+                assert_eq!(seen(&fd), ON_DEVICE);
+                assert_ne!(seen(&witness), AT_HOME);
+                // SAFETY: as above.
+                let copy = unsafe { libc::dup(fd.as_raw_fd()) };
+                let number = std::os::fd::IntoRawFd::into_raw_fd(fd);
+                assert!(way(number) >= 0);
+                assert_ne!(seen(&witness), AT_HOME, "there is another descriptor");
+                assert!(way(copy) >= 0);
+                assert_eq!(seen(&witness), AT_HOME);
+                area.check(1);
+            }
+        },
+    );
+}
+
+/// Handlers of the program's own run while pages move, also such that touch
+/// what is on a device; system calls are made without libc.
+#[test]
+fn signal_handlers_and_raw_system_calls_meet_device_memory() {
+    use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+    static WORDS: AtomicPtr<u64> = AtomicPtr::new(ptr::null_mut());
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    static WRONG: AtomicU64 = AtomicU64::new(0);
+
+    extern "C" fn look(_: c_int) {
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let index = usize::try_from(number).unwrap_or(0) * 4099 % (128 * PAGE / 8);
+        // SAFETY: inside of the area, which lives as long as the timer.
+        let word = unsafe { WORDS.load(Ordering::Relaxed).add(index).read_volatile() };
+        if word != 1000 + index as u64 {
+            WRONG.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    if !is_privileged() {
+        return;
+    }
+    under_shim(
+        "signal_handlers_and_raw_system_calls_meet_device_memory",
+        || {
+            let fd = device(0);
+            let (area, mirror) = (Area::new(128), Area::new(128));
+            WORDS.store(area.start, Ordering::Relaxed);
+            let handler: extern "C" fn(c_int) = look;
+            let every = libc::timeval {
+                tv_sec: 0,
+                tv_usec: 500,
+            };
+            let timer = libc::itimerval {
+                it_interval: every,
+                it_value: every,
+            };
+            // SAFETY: the handler only reads memory and counts.
+            unsafe {
+                let mut action = std::mem::zeroed::<libc::sigaction>();
+                action.sa_sigaction = handler as libc::sighandler_t;
+                action.sa_flags = libc::SA_RESTART;
+                assert_eq!(
+                    libc::sigaction(libc::SIGALRM, &raw const action, ptr::null_mut()),
+                    0
+                );
+                libc::setitimer(libc::ITIMER_REAL, &raw const timer, ptr::null_mut());
+            }
+            let file = std::fs::File::open("/dev/zero").unwrap();
+            let since = Instant::now();
+            let mut rounds = 0;
+            while since.elapsed() < Duration::from_secs(2) {
+                // ENOENT, as with the driver: a handler has taken pages back
+                // before they were read for the caller.
+                match ask(&fd, TO_DEVICE, &area, &mirror) {
+                    Ok(answer) => {
+                        assert_eq!(answer, (128, 0));
+                        mirror.check(1);
+                    }
+                    Err(error) => assert_eq!(error, libc::ENOENT),
+                }
+                // A raw call into memory of its own on the device, and out of it.
+                let other = Area::new(16);
+                assert_eq!(ask(&fd, TO_DEVICE, &other, &mirror), Ok((16, 0)));
+                let len = other.pages * PAGE;
+                // SAFETY: the other area, which nobody refers to.
+                let read =
+                    unsafe { libc::syscall(libc::SYS_read, file.as_raw_fd(), other.start, len) };
+                // A signal makes it a short one.
+                assert!(read > 0, "{}", std::io::Error::last_os_error());
+                // SAFETY: inside of the area.
+                assert_eq!(unsafe { other.start.read_volatile() }, 0);
+                // SAFETY: unmaps this test's own pages behind libc's back.
+                unsafe { libc::syscall(libc::SYS_munmap, other.start, len) };
+                rounds += 1;
+            }
+            // SAFETY: stops the timer.
+            unsafe { libc::setitimer(libc::ITIMER_REAL, &std::mem::zeroed(), ptr::null_mut()) };
+            assert!(rounds > 10, "{rounds} rounds");
+            let count = COUNT.load(Ordering::Relaxed);
+            assert!(count > 100, "{count} signals");
+            assert_eq!(WRONG.load(Ordering::Relaxed), 0, "of {count} looks");
+        },
+    );
+}
+
+/// MADV_DONTFORK and MADV_WIPEONFORK on what is on a device.
+#[test]
+fn what_is_not_for_children_is_kept_from_them() {
+    under_shim("what_is_not_for_children_is_kept_from_them", || {
+        let fd = device(0);
+        let (wiped, hidden) = (Area::new(32), Area::new(32));
+        let mirror = Area::new(32);
+        let advise = |area: &Area, advice| {
+            // SAFETY: this area's own pages.
+            let done = unsafe { libc::madvise(area.start.cast(), area.pages * PAGE, advice) };
+            assert_eq!(done, 0);
+        };
+        advise(&wiped, libc::MADV_WIPEONFORK);
+        advise(&hidden, libc::MADV_DONTFORK);
+        assert_eq!(ask(&fd, TO_DEVICE, &wiped, &mirror), Ok((32, 0)));
+        assert_eq!(ask(&fd, TO_DEVICE, &hidden, &mirror), Ok((32, 0)));
+        waited(forked(|| {
+            for index in 0..wiped.words() {
+                // SAFETY: inside of the area.
+                assert_eq!(unsafe { wiped.start.add(index).read_volatile() }, 0);
+            }
+            let mut residency = [0u8; 32];
+            // SAFETY: a question about addresses.
+            let there = unsafe {
+                libc::mincore(
+                    hidden.start.cast(),
+                    hidden.pages * PAGE,
+                    residency.as_mut_ptr(),
+                )
+            };
+            assert_eq!(there, -1, "the child has memory that is not for it");
+        }));
+        wiped.check(1);
+        hidden.check(1);
+    });
+}
+
+/// The devices whose memory the CPU uses in place.
+#[test]
+fn coherent_devices_share_with_the_cpu() {
+    under_shim("coherent_devices_share_with_the_cpu", || {
+        const LOCAL: u8 = 0x40 | 2;
+        const REMOTE: u8 = 0x50 | 2;
+        let (first, second) = (device(2), device(3));
+        let (area, mirror) = (Area::new(32), Area::new(32));
+        assert_eq!(ask(&first, TO_DEVICE, &area, &mirror), Ok((32, 0)));
+        mirror.check(1);
+        area.fill(2);
+        assert_eq!(
+            ask(&first, READ, &area, &mirror).map(|(pages, _)| pages),
+            Ok(32)
+        );
+        mirror.check(2);
+        for (fd, expected) in [(&first, LOCAL), (&second, REMOTE)] {
+            assert_eq!(ask(fd, SNAPSHOT, &area, &mirror), Ok((32, 0)));
+            // SAFETY: the first byte of the answer.
+            let seen = unsafe { mirror.start.cast::<u8>().read_volatile() };
+            assert_eq!(seen, expected);
+        }
+        assert_eq!(ask(&first, TO_SYSTEM, &area, &mirror), Ok((32, 0)));
+        assert_eq!(ask(&first, TO_SYSTEM, &area, &mirror), Ok((0, 0)));
+        area.check(2);
+    });
+}
