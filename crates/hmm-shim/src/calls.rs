@@ -151,6 +151,30 @@ macro_rules! preads {
 
 preads! { pread pread64 }
 
+/// Goes on to libc, and corrects what a page map says.
+///
+/// # Safety
+/// As read(2).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn read(fd: c_int, buffer: *mut c_void, len: usize) -> isize {
+    // SAFETY: the caller's contract.
+    let read = unsafe { real::read(fd, buffer, len) };
+    if let Ok(got) = usize::try_from(read)
+        && is_programs()
+        && pagemap::is_own(fd)
+    {
+        // SAFETY: asks where the descriptor stands.
+        let end = unsafe { libc::lseek64(fd, 0, libc::SEEK_CUR) };
+        if let Some(offset) = u64::try_from(end)
+            .ok()
+            .and_then(|end| end.checked_sub(got as u64))
+        {
+            let _ = catch_unwind(|| pagemap::mark(buffer.addr() as u64, got, offset));
+        }
+    }
+    read
+}
+
 macro_rules! exits {
     ($($name:ident)*) => {$(
         /// Ends the process, as soon as forked children do not need it any more.

@@ -10,7 +10,7 @@
 //! An open device is a descriptor of its own kind, a memfd, which the kernel
 //! keeps like any other: dup, close, close_range, exec and passing it on need
 //! no help, and whatever number it has, its inode tells what it is. So only a
-//! few calls are looked at: `open`, `ioctl`, `mmap`, `close`, `dup2`, `pread` (for
+//! few calls are looked at: `open`, `ioctl`, `mmap`, `close`, `dup2`, `read` (for
 //! the page map), `stat`, `access`, `_exit` and their kin. All but those with a
 //! path go straight on while no device is open. This library uses none of the
 //! program's heap.

@@ -82,6 +82,8 @@ next! {
     mmap64(address: *mut c_void, len: usize, protection: c_int, flags: c_int, fd: c_int, offset: i64) -> *mut c_void;
     /// pread(2).
     pread(fd: c_int, buffer: *mut c_void, len: usize, offset: i64) -> isize;
+    /// read(2).
+    read(fd: c_int, buffer: *mut c_void, len: usize) -> isize;
     /// pread(2) with large files.
     pread64(fd: c_int, buffer: *mut c_void, len: usize, offset: i64) -> isize;
     /// close(2).

@@ -634,3 +634,33 @@ fn coherent_devices_share_with_the_cpu() {
         area.check(2);
     });
 }
+
+/// What is on a device is swapped out to whoever reads the page map.
+#[test]
+fn the_page_map_shows_what_is_away() {
+    use std::io::{Read, Seek, SeekFrom};
+    use std::os::unix::fs::FileExt;
+    under_shim("the_page_map_shows_what_is_away", || {
+        const PRESENT: u64 = 1 << 63;
+        const SWAPPED: u64 = 1 << 62;
+        let fd = device(0);
+        let (area, mirror) = (Area::new(8), Area::new(8));
+        let mut map = std::fs::File::open("/proc/self/pagemap").unwrap();
+        let place = area.start as u64 / PAGE as u64 * 8;
+        let mut look = |expected| {
+            let mut ways = [[0u8; 64]; 2];
+            map.read_exact_at(&mut ways[0], place).unwrap();
+            map.seek(SeekFrom::Start(place)).unwrap();
+            map.read_exact(&mut ways[1]).unwrap();
+            for word in ways.as_flattened().chunks_exact(8) {
+                let word = u64::from_ne_bytes(word.try_into().unwrap());
+                assert_eq!(word & (PRESENT | SWAPPED), expected);
+            }
+        };
+        look(PRESENT);
+        assert_eq!(ask(&fd, TO_DEVICE, &area, &mirror), Ok((8, 0)));
+        look(SWAPPED);
+        area.check(1);
+        look(PRESENT);
+    });
+}
