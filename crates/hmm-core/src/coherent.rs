@@ -13,6 +13,7 @@ use hmm_types::{DeviceId, PageCount, PageRange, StayReason, VirtAddr};
 
 use crate::engine::{BUSY_LIMIT, Engine};
 use crate::executor::Executor;
+use crate::fault::Hole;
 use crate::home::Home;
 use crate::map::{BlockInner, Piece};
 use crate::page::PageState;
@@ -20,7 +21,8 @@ use crate::report::MigrationReport;
 
 /// What the first pages of a range are.
 enum First {
-    /// So many are the device's now, and of these so many were before.
+    /// So many are the device's now, and of these so many were before. None: the
+    /// device is full.
     There {
         pages: u64,
         already: u64,
@@ -28,6 +30,8 @@ enum First {
     /// On a device that the CPU cannot reach, or exclusive.
     Away,
     InFlight,
+    /// The program has dropped the page, and nobody has touched it since.
+    Discarded,
     Gone,
 }
 
@@ -40,7 +44,7 @@ impl Engine<'_> {
     }
 
     /// Moves a mapping's pages to a device's coherent memory, as many as it has
-    /// room for.
+    /// room for; nothing is evicted.
     pub(crate) fn migrate_coherent(
         &self,
         executor: &mut Executor,
@@ -48,32 +52,70 @@ impl Engine<'_> {
         device: DeviceId,
         report: &mut MigrationReport,
     ) {
-        let size = self.devices.slot(device).device.info().memory.whole_pages();
-        let mut room = size.get().saturating_sub(self.coherent_pages(device));
-        let mut from = mapping.range.start();
+        for span in mapping.range.blocks() {
+            self.populate(span, mapping.permissions.write);
+            self.migrate_coherent_span(executor, span, device, report);
+        }
+    }
+
+    /// Has every page of a span be there, and where it may be written be the
+    /// process's own. It can be gone again at once, so nothing depends on it.
+    fn populate(&self, span: PageRange, write: bool) {
+        if write && self.space.unshare(span).is_ok() {
+            return;
+        }
+        let mut from = span.start();
+        while from < span.end() {
+            let filled = match self.fill_hole_at(from) {
+                Hole::Filled(pages) => pages,
+                Hole::Again | Hole::None => 1,
+            };
+            from = from.plus_pages(filled);
+        }
+    }
+
+    fn migrate_coherent_span(
+        &self,
+        executor: &mut Executor,
+        span: PageRange,
+        device: DeviceId,
+        report: &mut MigrationReport,
+    ) {
+        let mut from = span.start();
         let mut waits = 0;
-        while from < mapping.range.end() {
-            let rest = PageRange::span(from, mapping.range.end());
-            let page = rest.slice(0, 1);
-            let stays = match self.mark_run(rest, device, room) {
+        while from < span.end() {
+            let rest = PageRange::span(from, span.end());
+            let departure = match self.depart_to(device) {
+                Ok(departure) => departure,
+                Err(reason) => {
+                    report.stay(rest, reason);
+                    return;
+                }
+            };
+            let first = self.mark_run(rest, device);
+            drop(departure);
+            let stays = match first {
+                First::There { pages: 0, .. } => StayReason::NoDeviceMemory,
                 First::There { pages, already } => {
                     report.moved += PageCount::new(pages - already);
                     report.already += PageCount::new(already);
-                    room -= pages - already;
                     waits = 0;
                     from = from.plus_pages(pages);
-                    if pages > 0 {
-                        continue;
-                    }
-                    StayReason::NoDeviceMemory
+                    continue;
                 }
                 First::Gone => StayReason::NotMapped,
+                First::Discarded => StayReason::Discarded,
                 First::Away | First::InFlight if waits == BUSY_LIMIT => StayReason::Busy,
                 First::Away => {
                     waits += 1;
-                    match self.step_home(executor, page, Home::ahead()).stuck {
-                        None | Some((_, StayReason::Busy)) => continue,
-                        Some((_, reason)) => reason,
+                    let page = rest.slice(0, 1);
+                    match self.step_home(executor, rest, Home::ahead()).stuck {
+                        Some((stuck, reason))
+                            if stuck.overlaps(page) && reason != StayReason::Busy =>
+                        {
+                            reason
+                        }
+                        _ => continue,
                     }
                 }
                 First::InFlight => {
@@ -82,29 +124,35 @@ impl Engine<'_> {
                     continue;
                 }
             };
-            report.stay(page, stays);
+            report.stay(rest.slice(0, 1), stays);
             from = from.plus_pages(1);
         }
     }
 
     /// Notes on pages from the start of a range, up to the end of a block, that
-    /// they are a device's.
-    fn mark_run(&self, range: PageRange, device: DeviceId, room: u64) -> First {
-        let map = self.gate.read();
+    /// they are a device's. With the gate held for writing, so that nobody else
+    /// counts on the same room.
+    fn mark_run(&self, range: PageRange, device: DeviceId) -> First {
+        let size = self.devices.slot(device).device.info().memory.whole_pages();
+        let mut map = self.gate.write();
         let Some(piece) = map.find(range.start()) else {
             return First::Gone;
         };
+        let in_use = map.count_coherent(device, range.pages().get(), size.get());
+        let mut room = size.get() - in_use;
         let mut inner = map.block(piece.block).lock();
         match inner.state(piece.first) {
             state if state.in_flight() => return First::InFlight,
             state if state.is_away() => return First::Away,
+            PageState::Discarded => return First::Discarded,
             _ => {}
         }
         let (mut pages, mut already) = (0, 0);
         for index in at_home(&inner, piece, range) {
             if inner.coherent(index) == Some(device) {
                 already += 1;
-            } else if pages - already < room {
+            } else if room > 0 {
+                room -= 1;
                 inner.set_coherent(index, Some(device));
             } else {
                 break;
@@ -112,15 +160,13 @@ impl Engine<'_> {
             pages += 1;
         }
         inner.last_use = self.next_use();
+        if pages > already {
+            let marked = PageRange::from_pages(range.start(), PageCount::new(pages));
+            self.notifiers.lock().invalidate(marked);
+        }
+        drop(inner);
+        map.note_coherent(device, size.get() - room);
         First::There { pages, already }
-    }
-
-    /// Pages of a device's coherent memory that are in use.
-    fn coherent_pages(&self, device: DeviceId) -> u64 {
-        let map = self.gate.read();
-        map.blocks()
-            .map(|block| block.lock().count_coherent(device))
-            .sum()
     }
 
     /// Brings pages back from coherent memory: all of the range, or those of one
@@ -133,6 +179,7 @@ impl Engine<'_> {
             if !inner.has_coherent() {
                 continue;
             }
+            let before = pages;
             for index in piece.first..piece.first + piece.pages {
                 let leaves = match inner.coherent(index) {
                     Some(device) => only.is_none_or(|only| only == device),
@@ -142,6 +189,9 @@ impl Engine<'_> {
                     inner.set_coherent(index, None);
                     pages += 1;
                 }
+            }
+            if pages > before {
+                self.notifiers.lock().invalidate(piece.range());
             }
             inner.tidy();
         }
@@ -157,13 +207,17 @@ impl Engine<'_> {
         }
     }
 
-    /// Whether a page is in this device's coherent memory.
-    pub(crate) fn is_in_coherent(&self, address: VirtAddr, device: DeviceId) -> bool {
+    /// How many pages from the start of a range, within a block, are in this
+    /// device's coherent memory.
+    pub(crate) fn coherent_run(&self, range: PageRange, device: DeviceId) -> u64 {
         let map = self.gate.read();
-        map.find(address).is_some_and(|piece| {
-            let inner = map.block(piece.block).lock();
-            inner.coherent(piece.first) == Some(device)
-        })
+        let Some(piece) = map.find(range.start()) else {
+            return 0;
+        };
+        let inner = map.block(piece.block).lock();
+        let run = at_home(&inner, piece, range);
+        run.take_while(|&index| inner.coherent(index) == Some(device))
+            .count() as u64
     }
 }
 

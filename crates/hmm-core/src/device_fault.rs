@@ -96,8 +96,10 @@ impl Engine<'_> {
         target: Target,
     ) -> Result<Resolution, DeviceFaultError> {
         let device = target.device;
-        let Some(departure) = self.depart() else {
-            return Err(DeviceFaultError::ShuttingDown);
+        let departure = match self.depart_to(device) {
+            Ok(departure) => departure,
+            Err(StayReason::DeviceLost) => return Err(DeviceFaultError::DeviceLost),
+            Err(_) => return Err(DeviceFaultError::ShuttingDown),
         };
         let passed = self.step_between_devices(executor, page, device, target);
         drop(departure);

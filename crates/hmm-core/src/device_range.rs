@@ -8,6 +8,7 @@ use hmm_types::{Access, DeviceId, PageCount, PageRange, StayReason, VirtAddr};
 use crate::device_fault::Found;
 use crate::engine::{BUSY_LIMIT, Engine};
 use crate::executor::{BOUNCE_PAGES, Executor};
+use crate::fault::Hole;
 use crate::home::Home;
 use crate::upload::Target;
 
@@ -92,19 +93,26 @@ impl Engine<'_> {
                 Found::InFlight => Resolution::Retry,
                 Found::Lost => return Err(DeviceFaultError::DeviceLost),
                 Found::Unshare(page) => self.unshare_frame(executor, page, target)?,
-                Found::Away
-                    if reach == Reach::Resident && !self.is_in_coherent(at, target.device) =>
-                {
-                    break;
-                }
                 Found::Away => {
+                    let mut rest = PageRange::span(at, range.end());
+                    if reach == Reach::Resident {
+                        // The CPU has it as well, but it is the device's.
+                        match self.coherent_run(rest, target.device) {
+                            0 => break,
+                            run => rest = rest.slice(0, run),
+                        }
+                    }
                     if present <= at {
                         // From another device first: without privilege the
                         // kernel cannot have a page fetched that it touches.
                         self.step_home(executor, page, Home::ahead());
-                        present = self.make_present(executor, range, at, access)?;
+                        present = self.make_present(executor, rest, access)?;
                     }
-                    self.use_in_place(executor, page, target, StayReason::Limit)?
+                    if present <= at {
+                        Resolution::Retry
+                    } else {
+                        self.use_in_place(executor, page, target, StayReason::Limit)?
+                    }
                 }
             };
             if resolution == Resolution::Mapped {
@@ -126,17 +134,16 @@ impl Engine<'_> {
         Ok(PageCount::new(at.pages_since(range.start())))
     }
 
-    /// Has the kernel make the next pages of a mapping present: all of them for
-    /// a write, as many as the bounce memory has room for otherwise. Returns
-    /// the end of what is present.
+    /// Has the kernel make pages of a mapping present: all of them for a write,
+    /// as many as the bounce memory has room for otherwise. Returns the end of
+    /// what is present; the start when it is to be tried again.
     fn make_present(
         &self,
         executor: &Executor,
-        range: PageRange,
-        from: VirtAddr,
+        rest: PageRange,
         access: Access,
     ) -> Result<VirtAddr, DeviceFaultError> {
-        let rest = PageRange::span(from, range.end());
+        let from = rest.start();
         match access {
             Access::Write if self.space.unshare(rest).is_ok() => Ok(rest.end()),
             // Perhaps not all of it: then up to where it goes.
@@ -147,10 +154,18 @@ impl Engine<'_> {
             Access::Read => {
                 let part = rest.slice(0, rest.pages().get().min(BOUNCE_PAGES));
                 let bounce = executor.bounce(part.pages().get()).start();
-                match self.space.read_pages(part, bounce).done.get() {
+                let read = || self.space.read_pages(part, bounce).done.get();
+                match read() {
                     // Without privilege the kernel cannot have a hole filled.
-                    0 if self.fill_hole_at(from) => Ok(from.plus_pages(1)),
-                    0 => Err(DeviceFaultError::NotMapped { address: from }),
+                    0 => match self.fill_hole_at(from) {
+                        Hole::Filled(pages) => Ok(from.plus_pages(pages)),
+                        Hole::Again => Ok(from),
+                        // Somebody else may have filled it just now.
+                        Hole::None => match read() {
+                            0 => Err(DeviceFaultError::NotMapped { address: from }),
+                            pages => Ok(from.plus_pages(pages)),
+                        },
+                    },
                     pages => Ok(from.plus_pages(pages)),
                 }
             }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use hmm_hal::{AddressSpace, Capabilities, Clock, Device};
 use hmm_sync::{Condvar, Mutex, Rank, RwLock};
-use hmm_types::{BLOCK_PAGES, ByteCount, DeviceId, PageCount, PageRange, VirtAddr};
+use hmm_types::{BLOCK_PAGES, ByteCount, DeviceId, PageCount, PageRange, StayReason, VirtAddr};
 
 use crate::ahead::Ahead;
 use crate::children::Children;
@@ -68,6 +68,9 @@ pub enum AddDeviceError {
     /// The engine is shutting down.
     #[error("the engine is shutting down")]
     ShuttingDown,
+    /// The device's memory is the CPU's, but it cannot use the CPU's.
+    #[error("a device with coherent memory has to use system memory in place, and this one cannot")]
+    CoherentWithoutSystemMemory,
 }
 
 /// Heterogeneous memory management for one address space.
@@ -187,6 +190,9 @@ impl<'env> Engine<'env> {
         if device.info().memory.whole_pages() == PageCount::ZERO {
             return Err(AddDeviceError::NoMemory);
         }
+        if device.info().coherent && !device.info().system_memory {
+            return Err(AddDeviceError::CoherentWithoutSystemMemory);
+        }
         self.devices.add(device).ok_or(AddDeviceError::TooMany)
     }
 
@@ -205,7 +211,8 @@ impl<'env> Engine<'env> {
         };
         slot.retire();
         slot.forget_in_place();
-        // Who found the device in place just before has arrived after this.
+        // Who found the device in place just before has arrived after this; who
+        // departs later finds it retired.
         self.pause();
         self.resume();
         self.leave_coherent_device(device);
@@ -292,6 +299,16 @@ impl<'env> Engine<'env> {
                 return None;
             }
             self.wait_for_transition();
+        }
+    }
+
+    /// The same to put pages on a device, for which it must not be removed: who
+    /// removes it waits for all departures from before.
+    pub(crate) fn depart_to(&self, device: DeviceId) -> Result<Departure<'_>, StayReason> {
+        let departure = self.depart().ok_or(StayReason::Cancelled)?;
+        match self.devices.get(device) {
+            Some(slot) if !slot.is_retired() => Ok(departure),
+            _ => Err(StayReason::DeviceLost),
         }
     }
 

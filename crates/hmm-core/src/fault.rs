@@ -2,18 +2,29 @@
 
 use std::sync::atomic::Ordering::Relaxed;
 
-use hmm_hal::{FaultKind, SpaceId, Stop};
+use hmm_hal::{FaultKind, Progress, SpaceId, Stop};
 use hmm_types::{PAGES_PER_BLOCK, PageCount, PageRange, VirtAddr};
 
 use crate::ahead::Planned;
 use crate::engine::Engine;
-use crate::executor::{Executor, QueuedFault};
+use crate::executor::{BOUNCE_PAGES, Executor, QueuedFault};
 use crate::home::Home;
+use crate::map::{BlockInner, Piece};
 use crate::page::PageState;
 use crate::readahead::Plan;
 
 /// Pages filled with zeros at a time when a hole is touched.
 const ZERO_PAGES: u32 = 16;
+
+/// What became of a place where there was perhaps no page.
+pub(crate) enum Hole {
+    /// So many pages of zeros are there now.
+    Filled(u64),
+    /// The page is away or on its way, or an event must be read first.
+    Again,
+    /// No hole, or not the engine's.
+    None,
+}
 
 /// What a look at the page's state said.
 enum Found {
@@ -96,7 +107,14 @@ impl Engine<'_> {
                     _ => Found::Wake,
                 }
             }
-            PageState::System | PageState::Discarded => self.fill_hole(&mut inner, piece),
+            PageState::System | PageState::Discarded => {
+                let progress = self.fill_hole(&mut inner, piece);
+                match progress.stop {
+                    Some(Stop::Again) if progress.done == PageCount::ZERO => Found::Again,
+                    // Behind the first page others may exist already; that is fine.
+                    _ => Found::Wake,
+                }
+            }
             // The program dropped the page under the copy that still reads it.
             PageState::Copying if entry.doomed() && fault.kind == FaultKind::Missing => {
                 match self
@@ -132,20 +150,27 @@ impl Engine<'_> {
         }
     }
 
-    /// Puts zeros where nobody has been yet. False when that is no hole.
-    pub(crate) fn fill_hole_at(&self, address: VirtAddr) -> bool {
+    /// Puts zeros where nobody has been yet.
+    pub(crate) fn fill_hole_at(&self, address: VirtAddr) -> Hole {
         let map = self.gate.read();
-        map.find(address).is_some_and(|piece| {
-            let mut inner = map.block(piece.block).lock();
-            matches!(
-                inner.state(piece.first),
-                PageState::System | PageState::Discarded
-            ) && matches!(self.fill_hole(&mut inner, piece), Found::Wake)
-        })
+        let Some(piece) = map.find(address) else {
+            return Hole::None;
+        };
+        let mut inner = map.block(piece.block).lock();
+        match inner.state(piece.first) {
+            PageState::System | PageState::Discarded => {}
+            _ => return Hole::Again,
+        }
+        let progress = self.fill_hole(&mut inner, piece);
+        match progress.stop {
+            _ if progress.done > PageCount::ZERO => Hole::Filled(progress.done.get()),
+            Some(Stop::Again) => Hole::Again,
+            _ => Hole::None,
+        }
     }
 
     /// Puts zeros where nobody has been yet, a few pages at a time.
-    fn fill_hole(&self, inner: &mut crate::map::BlockInner, piece: crate::map::Piece) -> Found {
+    fn fill_hole(&self, inner: &mut BlockInner, piece: Piece) -> Progress {
         self.stats.zero_faults.fetch_add(1, Relaxed);
         let pages = (0..piece.pages.min(ZERO_PAGES))
             .take_while(|&offset| {
@@ -163,11 +188,7 @@ impl Engine<'_> {
                 inner.set(index, PageState::System);
             }
         }
-        match progress.stop {
-            Some(Stop::Again) if progress.done == PageCount::ZERO => Found::Again,
-            // Behind the first page others may exist already; that is fine.
-            _ => Found::Wake,
-        }
+        progress
     }
 
     /// Brings the page home, and what the plan says with it.
@@ -188,6 +209,9 @@ impl Engine<'_> {
         } else {
             PageRange::span(from, upto)
         };
+        if window.pages().get() > BOUNCE_PAGES {
+            executor.takes_long();
+        }
         if !self.bring_demanded(executor, fault.address, window) {
             // Somebody else was quicker, or it could not come: look again.
             let page = PageRange::from_pages(fault.address.page_floor(), PageCount::ONE);

@@ -17,7 +17,7 @@
 use hmm_mem::{Box, Vec};
 use hmm_sync::{Mutex, Rank};
 use hmm_types::{
-    BLOCK_PAGES, BLOCK_SIZE, DeviceId, PAGES_PER_BLOCK, PageCount, PageRange, VirtAddr,
+    BLOCK_PAGES, BLOCK_SIZE, DeviceId, MAX_DEVICES, PAGES_PER_BLOCK, PageCount, PageRange, VirtAddr,
 };
 
 use crate::order::Order;
@@ -258,6 +258,9 @@ pub(crate) struct SpaceMap {
     orphans: Vec<BlockId>,
     /// What is known about changes that are under way.
     pub(crate) order: Order,
+    /// Pages in each device's coherent memory, at most: they are only added with
+    /// the gate held for writing, and leave without being counted.
+    coherent: [u64; MAX_DEVICES],
 }
 
 impl SpaceMap {
@@ -268,6 +271,7 @@ impl SpaceMap {
             free: hmm_mem::vec(),
             orphans: hmm_mem::vec(),
             order: Order::new(),
+            coherent: [0; MAX_DEVICES],
         }
     }
 
@@ -288,6 +292,23 @@ impl SpaceMap {
 
     pub(crate) fn pieces(&self) -> &[Piece] {
         &self.pieces
+    }
+
+    /// Pages in a device's coherent memory, at most, counted anew where so many
+    /// more might not fit into its size.
+    pub(crate) fn count_coherent(&mut self, device: DeviceId, more: u64, size: u64) -> u64 {
+        if self.coherent[device.index()] + more > size {
+            let pages = self
+                .blocks()
+                .map(|block| block.lock().count_coherent(device));
+            self.coherent[device.index()] = pages.sum();
+        }
+        self.coherent[device.index()]
+    }
+
+    /// Sets what [`SpaceMap::count_coherent`] says.
+    pub(crate) const fn note_coherent(&mut self, device: DeviceId, pages: u64) {
+        self.coherent[device.index()] = pages;
     }
 
     /// All blocks, also those that only executors name.
@@ -538,6 +559,21 @@ impl SpaceMap {
             self.pieces.len(),
             "a block has a piece that the map lacks"
         );
+        let mut in_use = [0; MAX_DEVICES];
+        for block in self.blocks() {
+            let inner = block.lock();
+            let mut marked = 0;
+            for index in 0..BLOCK_PAGES {
+                if let Some(device) = inner.coherent(index) {
+                    in_use[device.index()] += 1;
+                    marked += 1;
+                }
+            }
+            assert_eq!(inner.coherent, marked, "coherent pages are miscounted");
+        }
+        for (in_use, at_most) in in_use.iter().zip(self.coherent) {
+            assert!(*in_use <= at_most, "more coherent pages than were marked");
+        }
     }
 }
 

@@ -220,9 +220,12 @@ impl Engine<'_> {
         let mut unshared = span.start();
         while from < span.end() {
             let rest = PageRange::span(from, span.end());
-            let Some(departure) = self.depart() else {
-                report.stay(rest, StayReason::Cancelled);
-                return;
+            let departure = match self.depart_to(target.device) {
+                Ok(departure) => departure,
+                Err(reason) => {
+                    report.stay(rest, reason);
+                    return;
+                }
             };
             let mut passed = self.step_to_device(executor, rest, target, huge);
             if let Fate::CopyInstead = passed.fate {
@@ -372,9 +375,12 @@ impl Engine<'_> {
     ) {
         let mut refused = false;
         for attempt in 0..=BUSY_LIMIT {
-            let Some(departure) = self.depart() else {
-                report.stay(page, StayReason::Cancelled);
-                return;
+            let departure = match self.depart_to(device) {
+                Ok(departure) => departure,
+                Err(reason) => {
+                    report.stay(page, reason);
+                    return;
+                }
             };
             let fate = self.stage_page(page, device);
             drop(departure);

@@ -194,13 +194,9 @@ impl Engine<'_> {
                 continue;
             }
             if let PageResidency::Coherent(device) = residency {
-                let huge = matches!(entry, MirrorEntry::System { huge: true, .. });
-                *entry = MirrorEntry::System {
-                    write: may_write(at),
-                    huge,
-                    zero: false,
-                    coherent: Some(device),
-                };
+                if let MirrorEntry::System { coherent, .. } = entry {
+                    *coherent = Some(device);
+                }
             } else if residency != PageResidency::System {
                 *entry = MirrorEntry::Away {
                     residency,

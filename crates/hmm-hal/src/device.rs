@@ -9,7 +9,9 @@ pub struct DeviceInfo {
     pub name: &'static str,
     /// Size of its memory.
     pub memory: ByteCount,
-    /// Whether the CPU can map its memory and use it in place.
+    /// Whether its memory is modelled as the CPU's: pages that migrate there stay
+    /// in place and count as the device's, up to `memory`, so nothing of it is
+    /// allocated or copied. Takes `system_memory`.
     pub coherent: bool,
     /// Whether its kernels can do atomics on its memory.
     pub atomics: bool,

@@ -214,6 +214,7 @@ impl Job<'_> {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         let mut done = Done::default();
+        let mut rounds = 0;
         while done.cpages < total {
             let rest = range.slice(done.cpages, total - done.cpages);
             let part = rest.slice(0, rest.pages().get().min(CHUNK_PAGES));
@@ -234,13 +235,16 @@ impl Job<'_> {
             if pages > PageCount::ZERO {
                 continue;
             }
+            if rounds == MAX_ROUNDS {
+                return Err(Errno::BUSY);
+            }
+            rounds += 1;
             let faulted = context
                 .fault_range(rest, access, reach)
                 .map_err(kernel_errno)?;
             match reach {
                 Reach::Resident if faulted == PageCount::ZERO => return Err(Errno::NOENT),
                 Reach::Resident => {}
-                Reach::Present if done.faults == MAX_ROUNDS => return Err(Errno::BUSY),
                 Reach::Present => done.faults += 1,
             }
         }
@@ -258,32 +262,39 @@ impl Job<'_> {
 
     fn migrate_to_device(&self, file: File) -> Result<Done, Errno> {
         let (range, fails) = self.begin_migration(file)?;
-        times::TO_DEVICE.engine(range.bytes().get(), || {
-            let rest = if fails {
+        let migrate = || {
+            let (moved, rest) = if fails {
                 self.migrate_with_failure(range)?
             } else {
-                Some(range)
+                (0, Some(range))
             };
-            rest.map_or(Ok(()), |rest| self.migrate_from_system(rest))
-        })?;
+            let more = rest.map_or(Ok(0), |rest| self.migrate_from_system(rest))?;
+            Ok((moved + more) * PAGE)
+        };
+        if self.unit.coherent {
+            migrate()?;
+        } else {
+            times::TO_DEVICE.engine(migrate)?;
+        }
         let done = times::TO_DEVICE.copy(range.bytes().get(), || self.read_back(range))?;
         Ok(Done { faults: 0, ..done })
     }
 
     /// The first allocation fails. A huge page moves in small pages then; a
-    /// small one stays. Returns what is left to do.
-    fn migrate_with_failure(&self, range: PageRange) -> Result<Option<PageRange>, Errno> {
+    /// small one stays. Returns how many pages moved, and what is left to do.
+    fn migrate_with_failure(&self, range: PageRange) -> Result<(u64, Option<PageRange>), Errno> {
         let huge = range.start().is_block_aligned()
             && range.pages().get() >= HUGE_PAGES
             && self.is_huge_in_system(range.slice(0, 1))?;
         let first = if huge { HUGE_PAGES } else { 1 };
+        let mut moved = 0;
         if huge {
             // Not all of it at a time: that splits it.
-            self.migrate_from_system(range.slice(0, HUGE_PAGES / 2))?;
-            self.migrate_from_system(range.slice(HUGE_PAGES / 2, HUGE_PAGES / 2))?;
+            moved += self.migrate_from_system(range.slice(0, HUGE_PAGES / 2))?;
+            moved += self.migrate_from_system(range.slice(HUGE_PAGES / 2, HUGE_PAGES / 2))?;
         }
         let left = range.pages().get() - first;
-        Ok((left > 0).then(|| range.slice(first, left)))
+        Ok((moved, (left > 0).then(|| range.slice(first, left))))
     }
 
     fn is_huge_in_system(&self, page: PageRange) -> Result<bool, Errno> {
@@ -295,8 +306,8 @@ impl Job<'_> {
     }
 
     /// Moves what is in system memory; what is on another device stays there,
-    /// as with the driver.
-    fn migrate_from_system(&self, range: PageRange) -> Result<(), Errno> {
+    /// as with the driver. Returns how many pages moved.
+    fn migrate_from_system(&self, range: PageRange) -> Result<u64, Errno> {
         let id = self.id();
         let movable = |residency| match residency {
             PageResidency::Device(device)
@@ -304,6 +315,7 @@ impl Job<'_> {
             | PageResidency::Exclusive(device) => device == id,
             _ => true,
         };
+        let mut moved = 0;
         self.for_runs(range, movable, |run| {
             for tries in 0.. {
                 let report = match self.engine.hmm.migrate(run, id) {
@@ -311,6 +323,7 @@ impl Job<'_> {
                     Err(Error::NotMapped { .. }) => return Err(Errno::INVAL),
                     Err(error) => return Err(errno_of(error)),
                 };
+                moved += report.moved.get();
                 let any = |reasons: &[StayReason]| {
                     let mut stayed = report.stayed.iter();
                     stayed.any(|stayed| reasons.contains(&stayed.reason))
@@ -336,7 +349,8 @@ impl Job<'_> {
                 std::thread::sleep(RETRY_NAP);
             }
             Ok(())
-        })
+        })?;
+        Ok(moved)
     }
 
     fn migrate_to_system(&self, file: File) -> Result<Done, Errno> {
@@ -356,11 +370,19 @@ impl Job<'_> {
                 rest = left;
             }
             if let Some(rest) = rest {
-                let report = times::TO_SYSTEM
-                    .engine(rest.bytes().get(), || self.engine.hmm.evict(rest))
-                    .map_err(errno_of)?;
-                cpages += report.moved.get();
-                if !report.is_complete() {
+                let mut complete = true;
+                let mut evict = || {
+                    let report = self.engine.hmm.evict(rest).map_err(errno_of)?;
+                    cpages += report.moved.get();
+                    complete = report.is_complete();
+                    Ok(report.moved.get() * PAGE)
+                };
+                if self.unit.coherent {
+                    evict()?;
+                } else {
+                    times::TO_SYSTEM.engine(evict)?;
+                }
+                if !complete {
                     return Err(Errno::NOMEM);
                 }
             }

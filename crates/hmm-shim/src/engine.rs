@@ -38,6 +38,8 @@ pub(crate) struct Unit {
     pub(crate) device: SoftwareDevice,
     /// Engine memory for data between the device and the program.
     pub(crate) buffer: Mutex<hmm_mem::Vec<u8>>,
+    /// Nothing is copied to such a device: there are no times to be had.
+    pub(crate) coherent: bool,
 }
 
 impl Engine {
@@ -120,16 +122,18 @@ fn add_unit(engine: &Engine, number: usize) -> Result<(), hmm::Error> {
         .ok()
         .and_then(|mebibytes| mebibytes.parse().ok())
         .map_or(DEVICE_MEMORY, ByteCount::mib);
+    let coherent = number >= FIRST_COHERENT;
     let options = SoftwareOptions::new(memory)
         .name(NAMES[number])
         .workers(1)
-        .coherent(number >= FIRST_COHERENT);
+        .coherent(coherent);
     let device = engine.hmm.add_software_device(options)?;
     let mut buffer = hmm_mem::vec();
     buffer.resize(PageCount::new(CHUNK_PAGES).bytes_usize(), 0);
     engine.units[number].get_or_init(|| Unit {
         device,
         buffer: Mutex::new(buffer),
+        coherent,
     });
     Ok(())
 }
@@ -201,13 +205,13 @@ extern "C" fn farewell() {
 pub(crate) fn farewell_now() {
     const NAP: Duration = Duration::from_millis(1);
     let Some(engine) = current() else { return };
-    times::print_if_wanted();
     let since = Instant::now();
     while engine.hmm.owes_children() {
         if since.elapsed() > FAREWELL_PATIENCE {
             complain("a forked child has not got all of its pages; it will read zeros");
-            return;
+            break;
         }
         std::thread::sleep(NAP);
     }
+    times::print_if_wanted();
 }

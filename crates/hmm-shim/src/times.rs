@@ -14,7 +14,7 @@ const CLASSES: usize = 31;
 const SMALLEST: usize = 19;
 /// Bytes that memcpy is measured with: as with a migration, what it reads and
 /// writes is not in the caches.
-const COLD_BYTES: usize = 256 << 20;
+const COLD_BYTES: usize = 64 << 20;
 
 /// Requests of about one size.
 struct Class {
@@ -53,10 +53,14 @@ impl Times {
         &self.classes[(bytes.max(1).ilog2() as usize).min(CLASSES - 1)]
     }
 
-    /// The engine's part of a migration.
-    pub(crate) fn engine<R>(&self, bytes: u64, work: impl FnOnce() -> R) -> R {
-        let class = self.class(bytes);
+    /// The engine's part of a migration, which says how many bytes it moved.
+    pub(crate) fn engine<E>(&self, work: impl FnOnce() -> Result<u64, E>) -> Result<u64, E> {
         let (result, ns) = timed(work);
+        let bytes = *result.as_ref().unwrap_or(&0);
+        if bytes == 0 {
+            return result;
+        }
+        let class = self.class(bytes);
         class.bytes.fetch_add(bytes, Ordering::Relaxed);
         class.engine_ns.fetch_add(ns, Ordering::Relaxed);
         class.fastest_ns.fetch_min(ns, Ordering::Relaxed);
@@ -100,10 +104,17 @@ fn timed<R>(work: impl FnOnce() -> R) -> (R, u64) {
     (result, ns)
 }
 
-/// GB/s of memcpy by one thread.
+/// GB/s of memcpy by one thread; not a number when there is no memory for it.
 fn memcpy() -> f64 {
-    let from = vec![1u8; COLD_BYTES];
-    let mut to = vec![2u8; COLD_BYTES];
+    let filled = |byte| {
+        let mut bytes = Vec::new();
+        bytes.try_reserve_exact(COLD_BYTES).ok()?;
+        bytes.resize(COLD_BYTES, byte);
+        Some(bytes)
+    };
+    let (Some(from), Some(mut to)) = (filled(1u8), filled(2u8)) else {
+        return f64::NAN;
+    };
     let ((), ns) = timed(|| black_box(&mut to).copy_from_slice(black_box(&from)));
     COLD_BYTES as f64 / ns as f64
 }

@@ -153,6 +153,30 @@ mod tests {
     use super::*;
 
     #[test]
+    fn reading_copies_every_byte() {
+        #[repr(align(4096))]
+        struct Pages([u8; 4096 * 3]);
+        let mut from = Pages([0; 4096 * 3]);
+        for (index, byte) in from.0.iter_mut().enumerate() {
+            *byte = u8::try_from(index * 7 % 251).unwrap();
+        }
+        // Anywhere in the destination, and the last page as well.
+        for (offset, page, len) in [(0, 0, 4096), (3, 2, 4096), (8, 1, 4095), (1, 0, 8)] {
+            let mut to = vec![0u8; 4096 + 16];
+            // SAFETY: whole pages of the one, and room in the other.
+            unsafe {
+                read_ahead(
+                    from.0.as_ptr().add(page * 4096),
+                    to.as_mut_ptr().add(offset),
+                    len,
+                );
+            }
+            assert!(to[offset..offset + len] == from.0[page * 4096..page * 4096 + len]);
+            assert!(to[offset + len..].iter().all(|&byte| byte == 0));
+        }
+    }
+
+    #[test]
     fn both_ways_copy_every_byte() {
         #[repr(align(4096))]
         struct Pages([u8; 4096 * 7]);

@@ -67,7 +67,10 @@ pub(crate) fn handle(host: &'static Host, bounce: &Pages, number: usize) {
     let heartbeat = &host.heartbeats[number];
     let mut executor = Executor::handler(bounce.range().start()).relieved_by(host);
     loop {
-        while !host.rota.is_on_duty(number) && !host.is_stopping() {
+        while !(host.rota.is_on_duty(number)
+            || host.engine.is_ahead_planned()
+            || host.is_stopping())
+        {
             host.rota.rest(number, HANDLER_REST);
         }
         let nap = if host.engine.is_unsettled() {

@@ -264,7 +264,8 @@ impl Hmm {
 
     /// Moves memory to a device, and waits until it is there. Each page moves
     /// if it can; the report says which did not and why. If the device is full,
-    /// what it has not used for longest is evicted, never pages of this request.
+    /// what it has not used for longest is evicted, never pages of this request;
+    /// from coherent memory nothing is.
     ///
     /// The bytes may be used by any thread meanwhile: a thread that touches a
     /// page on its way waits for it and has it brought back.

@@ -634,6 +634,30 @@ fn a_removed_device_leaves_everything_at_home() {
     hmm.shutdown().unwrap();
 }
 
+/// What is on its way to a device when that is removed does not get lost there.
+#[test]
+fn a_device_that_is_removed_while_pages_go_there_keeps_none() {
+    let _dog = watchdog(
+        "a_device_that_is_removed_while_pages_go_there_keeps_none",
+        60,
+    );
+    let hmm = hmm::Hmm::open().unwrap();
+    let map = Map::new(16 << 10);
+    map.fill(14);
+    // An engine has so many devices over its life.
+    for round in 0..15 {
+        let first = device(&hmm, 64);
+        let prefetch = hmm.prefetch(map.range(), first.id()).unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(round % 5));
+        assert!(first.remove().unwrap(), "round {round}");
+        let report = prefetch.wait();
+        adds_up(&report, map.range());
+        map.check(14);
+    }
+    assert_eq!(hmm.statistics().lost_pages, 0);
+    hmm.shutdown().unwrap();
+}
+
 #[test]
 fn shutdown_brings_everything_home() {
     let _dog = watchdog("shutdown_brings_everything_home", 60);
