@@ -7,9 +7,9 @@
 //! contiguous reservation that is excluded from every migration
 //! ([`arena_range`]).
 //!
-//! Allocation from the arena takes one lock of its own and may ask the kernel
-//! for a page, but never faults on migrated memory. The fault path does not
-//! allocate at all; set-up and migration do.
+//! Allocation from the arena takes no lock. It may ask the kernel for a page,
+//! but never faults on migrated memory. The fault path does not allocate at all;
+//! set-up and migration do.
 //!
 //! This crate is one of those that may use `unsafe`: an allocator cannot be
 //! written without.
@@ -22,7 +22,7 @@ use std::ptr::NonNull;
 use allocator_api2::alloc::{AllocError, Allocator, Layout};
 
 pub use allocator_api2::alloc;
-pub use arena::{GENERATIONS, arena_range, in_forked_child, in_use_bytes, reserve};
+pub use arena::{arena_range, in_use_bytes, reserve};
 pub use pages::Pages;
 
 /// Allocates from the engine's arena.

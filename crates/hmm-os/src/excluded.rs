@@ -17,8 +17,11 @@ struct Lists {
     modules: hmm_mem::Vec<PageRange>,
 }
 
-/// One for each generation of forked processes, as with engine memory.
-static EXCLUDED: [Mutex<Lists>; hmm_mem::GENERATIONS] = [const {
+/// Forks of forks that can each have an engine.
+const GENERATIONS: usize = 64;
+
+/// One for each generation of forked processes; a process uses one of them.
+static EXCLUDED: [Mutex<Lists>; GENERATIONS] = [const {
     Mutex::new(
         Rank::System,
         Lists {
@@ -26,7 +29,7 @@ static EXCLUDED: [Mutex<Lists>; hmm_mem::GENERATIONS] = [const {
             modules: hmm_mem::vec(),
         },
     )
-}; hmm_mem::GENERATIONS];
+}; GENERATIONS];
 static GENERATION: AtomicUsize = AtomicUsize::new(0);
 
 fn lists() -> MutexGuard<'static, Lists> {
@@ -36,8 +39,16 @@ fn lists() -> MutexGuard<'static, Lists> {
 /// In a forked child: begins with empty lists. What was excluded was memory of
 /// threads that do not exist here, and of an engine that has stayed in the
 /// parent; and one of its threads may have the lock.
+///
+/// # Panics
+/// In the child of a child of ... [`GENERATIONS`] processes, each of which has
+/// forked the next.
 pub(crate) fn in_forked_child() {
-    GENERATION.fetch_add(1, Ordering::AcqRel);
+    let generation = GENERATION.fetch_add(1, Ordering::AcqRel) + 1;
+    assert!(
+        generation < GENERATIONS,
+        "more than {GENERATIONS} generations of forked processes"
+    );
 }
 
 /// Keeps a range where it is: memory that a device or an engine thread needs

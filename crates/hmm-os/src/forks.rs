@@ -1,14 +1,13 @@
 //! What is done around a fork.
 //!
-//! Always: a child, which has the forking thread only, gets engine memory of its
-//! own, so that it can open an engine of its own. (To hold the locks of its
-//! parent's meanwhile would not do: the fork waits until a handler has dealt
-//! with it, which takes memory.)
+//! Always: a child, which has the forking thread only, gets lists of excluded
+//! memory of its own, so that it can open an engine of its own. (To hold their
+//! lock meanwhile would not do: the fork waits until a handler has dealt with it.)
 //!
-//! Where the kernel does not report forks: fork events need CAP_SYS_PTRACE. Without them a child would read zeros where
-//! pages are away, so an engine must bring everything home first. glibc calls
-//! hooks around fork(3); a raw clone(2) system call goes past them (see
-//! `docs/limits.md`).
+//! Where the kernel does not report forks, which takes CAP_SYS_PTRACE: a child
+//! would read zeros where pages are away, so an engine must bring everything home
+//! first. glibc calls hooks around fork(3); a raw clone(2) system call goes past
+//! them (see `docs/limits.md`).
 
 use std::cell::Cell;
 use std::sync::Once;
@@ -29,7 +28,7 @@ pub trait ForkHooks: Sync {
 const MAX_GUARDED: usize = 16;
 
 static GUARDED: Mutex<[Option<&'static dyn ForkHooks>; MAX_GUARDED]> =
-    Mutex::new(Rank::System, [None; MAX_GUARDED]);
+    Mutex::new(Rank::Queue, [None; MAX_GUARDED]);
 static INSTALLED: Once = Once::new();
 
 thread_local! {
@@ -50,7 +49,6 @@ pub(crate) fn prepare_children() {
 }
 
 extern "C" fn in_child() {
-    hmm_mem::in_forked_child();
     excluded::in_forked_child();
 }
 

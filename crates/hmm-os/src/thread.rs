@@ -225,6 +225,7 @@ extern "C" fn run<F: FnOnce()>(argument: *mut c_void) -> *mut c_void {
     let start = unsafe { hmm_mem::Box::from_raw_in(argument.cast::<Start<F>>(), EngineAlloc) };
     let Start { body, name, table } = hmm_mem::Box::into_inner(start);
     TABLE.set(table);
+    hmm_sync::enter_engine_thread();
     // SAFETY: 16 bytes with a zero at the end.
     unsafe { libc::prctl(libc::PR_SET_NAME, name.0.as_ptr()) };
     let stack = own_stack();

@@ -1,6 +1,7 @@
 //! The order in which locks are taken, and the check of it.
 
 use std::cell::Cell;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Every lock of the engine, in the order in which they may be taken: a thread
 /// that holds a lock may only take locks that stand further down. `docs/locking.md`
@@ -41,6 +42,11 @@ pub enum Rank {
 }
 
 impl Rank {
+    /// Whether the program's own threads may take it as well: no handler does.
+    const fn is_for_all(self) -> bool {
+        matches!(self, Self::Control | Self::Queue)
+    }
+
     /// All ranks in order.
     pub const ALL: [Self; 10] = [
         Self::Control,
@@ -59,6 +65,20 @@ impl Rank {
 thread_local! {
     /// One bit for each rank that this thread holds.
     static HELD: Cell<u16> = const { Cell::new(0) };
+    /// This is a thread of the engine's own.
+    static OF_ENGINE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// There are threads of the engine's own, and others.
+static GUARDED: AtomicBool = AtomicBool::new(false);
+
+/// From now on the calling thread is one of the engine's own: it never faults on
+/// memory that migrates, and runs no signal handlers of the program's. Others may
+/// take no lock that such a thread needs in order to serve a fault; test builds
+/// check that.
+pub fn enter_engine_thread() {
+    OF_ENGINE.set(true);
+    GUARDED.store(true, Ordering::Release);
 }
 
 /// Proof that a rank was taken; gives it back when dropped.
@@ -76,6 +96,11 @@ impl Held {
         if cfg!(debug_assertions) && !cfg!(hmm_shuttle) {
             HELD.with(|held| {
                 let at_or_above = held.get() >> (rank as u8);
+                assert!(
+                    rank.is_for_all() || OF_ENGINE.get() || !GUARDED.load(Ordering::Acquire),
+                    "a thread of the program takes {rank:?}: a fault while it has it would \
+                     never be served"
+                );
                 assert!(
                     at_or_above == 0,
                     "lock order: {rank:?} asked for while holding {:?}",

@@ -81,7 +81,8 @@ pub struct SoftwareDevice {
 impl SoftwareDevice {
     pub(crate) fn open(host: &'static Host, options: SoftwareOptions) -> Result<Self, Error> {
         let device = SoftDevice::open_with(options.0, &EngineSpawner(host))?;
-        device.for_each_own_range(hmm_os::exclude);
+        host.threads
+            .run_on_root(move || device.for_each_own_range(hmm_os::exclude));
         let added = host.add_device(device).and_then(|id| {
             device.attach(id, hmm_mem::leaked(Faults(host)))?;
             Ok(id)
@@ -92,15 +93,16 @@ impl SoftwareDevice {
                 Ok(Self { host, device, id })
             }
             Err(error) => {
-                Self::close(device);
+                Self::close(host, device);
                 Err(error)
             }
         }
     }
 
-    pub(crate) fn close(device: &SoftDevice) {
+    pub(crate) fn close(host: &Host, device: &SoftDevice) {
         // The ranges first: closing gives the addresses to whoever maps next.
-        device.for_each_own_range(hmm_os::include);
+        host.threads
+            .run_on_root(move || device.for_each_own_range(hmm_os::include));
         device.close();
     }
 
@@ -168,7 +170,7 @@ impl SoftwareDevice {
     pub fn remove(&self) -> Result<bool, Error> {
         let clean = self.host.remove_device(self.id)?;
         if clean {
-            Self::close(self.device);
+            Self::close(self.host, self.device);
         }
         Ok(clean)
     }

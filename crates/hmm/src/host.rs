@@ -111,6 +111,26 @@ impl Host {
         }
     }
 
+    /// Has a thread of the engine look at what its locks protect. The program's
+    /// own threads must not hold them: one can stop at any instruction, because
+    /// its stack is on a device or a signal handler of the program's touches what
+    /// is, and a handler would need the lock to go on.
+    ///
+    /// # Errors
+    /// [`Error::Forked`]: in a forked child there is no such thread.
+    fn on_engine_thread<R: Send>(
+        &'static self,
+        look: impl FnOnce(&'static Engine<'static>) -> R + Send,
+    ) -> Result<R, Error> {
+        if hmm_os::is_engine_thread() {
+            return Ok(look(&self.engine));
+        }
+        if !self.is_own_process() {
+            return Err(Error::Forked);
+        }
+        Ok(self.threads.run_on_root(move || look(&self.engine)))
+    }
+
     /// Starts handlers, workers and the watch.
     fn start_threads(&'static self, builder: &Builder) -> Result<(), Error> {
         for number in 0..builder.handlers {
@@ -154,7 +174,7 @@ impl Host {
         let mut software = hmm_mem::vec();
         std::mem::swap(&mut software, &mut *self.software.lock());
         for device in software {
-            SoftwareDevice::close(device);
+            SoftwareDevice::close(self, device);
         }
         self.threads.run_on_root(|| self.space.interrupt());
         self.rota.call_all();
@@ -435,7 +455,10 @@ impl Hmm {
         };
         // The heap of the program first: nothing of the engine is locked yet.
         let mut pages: Vec<PageResidency> = Vec::with_capacity(range.pages().index());
-        pages.extend_from_slice(&self.host().engine.residency(range));
+        let found = self
+            .host()
+            .on_engine_thread(move |engine| engine.residency(range))?;
+        pages.extend_from_slice(&found);
         Ok(Residency::new(range, pages))
     }
 
@@ -463,20 +486,26 @@ impl Hmm {
     /// the memory of devices.
     #[must_use]
     pub fn metadata(&self) -> (ByteCount, ByteCount) {
-        self.host().engine.metadata_bytes()
+        self.host()
+            .on_engine_thread(Engine::metadata_bytes)
+            .unwrap_or_default()
     }
 
     /// Staging pages that are held; none when nothing moves and nothing is
     /// exclusive.
     #[must_use]
     pub fn staging_held(&self) -> PageCount {
-        self.host().engine.staging_held()
+        self.host()
+            .on_engine_thread(Engine::staging_held)
+            .unwrap_or_default()
     }
 
     /// Pages of a range that the engine watches.
     #[must_use]
     pub fn watched(&self, range: PageRange) -> PageCount {
-        self.host().engine.registered_pages(range)
+        self.host()
+            .on_engine_thread(move |engine| engine.registered_pages(range))
+            .unwrap_or_default()
     }
 
     /// Ends the engine: everything comes home, its threads end, its
@@ -501,7 +530,9 @@ impl Hmm {
         let clean = matches!(host.ask(Request::ShutDown), Ok(Outcome::Clean(true)));
         if !clean {
             return Err(ShutdownError {
-                left: host.engine.away_pages(),
+                left: host
+                    .on_engine_thread(Engine::away_pages)
+                    .unwrap_or_default(),
                 reason: "a device did not give them back, or they were busy for too long",
             });
         }
