@@ -48,9 +48,16 @@ pub enum Command {
 #[command(after_help = "Examples:
   hmm info
   hmm info --json | jq '.findings[] | select(.ok | not)'
+  hmm info --memory           the memory of this command itself
+  hmm info --memory 4711      of a process that you may trace
 
 Exit status: 0 when the engine can be opened, whatever else is missing; 1 when not.")]
 pub struct InfoOptions {
+    /// Show a process's memory instead: what is mapped, how much of it is where, and
+    /// what migrates or why not
+    #[arg(long, value_name = "PID", num_args = 0..=1)]
+    #[allow(clippy::option_option, reason = "the option, and its value")]
+    pub memory: Option<Option<u32>>,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,

@@ -59,6 +59,9 @@ struct Information {
 
 /// Runs the command.
 pub fn run(options: &InfoOptions) -> anyhow::Result<ExitCode> {
+    if let Some(pid) = options.memory {
+        return crate::memory::run(pid, options.json);
+    }
     let information = gather();
     let mut out = io::stdout().lock();
     if options.json {

@@ -15,6 +15,7 @@ mod demo;
 )]
 mod floor;
 mod info;
+mod memory;
 mod run;
 mod table;
 

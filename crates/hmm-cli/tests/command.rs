@@ -72,6 +72,34 @@ fn info_says_what_there_is() {
 }
 
 #[test]
+fn info_shows_a_processs_memory() {
+    let shown = text(&hmm(&["info", "--memory"]).stdout);
+    assert!(
+        shown.contains("[heap]") && shown.contains("migrates"),
+        "{shown}"
+    );
+    // This test's own, by its number: it may be looked at by its child.
+    let own = std::process::id().to_string();
+    let value = json(&hmm(&["info", "--json", "--memory", &own]));
+    let mapped = value.as_array().expect("a list");
+    let kinds = ["anonymous", "file", "special"];
+    for kind in kinds {
+        assert!(mapped.iter().any(|entry| entry["kind"] == kind), "{kind}");
+    }
+    for entry in mapped {
+        assert!(entry["start"].as_u64() < entry["end"].as_u64());
+        assert_eq!(
+            entry["stays"].is_null(),
+            entry["kind"] == "anonymous" && entry["permissions"] != "---p",
+            "{entry}"
+        );
+    }
+    let gone = hmm(&["info", "--memory", "4194305"]);
+    assert!(!gone.status.success());
+    assert!(text(&gone.stderr).contains("4194305"));
+}
+
+#[test]
 fn demo_is_right_on_its_own_executable() {
     if !engine_opens() {
         return;

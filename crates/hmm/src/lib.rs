@@ -78,14 +78,14 @@ pub use residency::Residency;
 
 pub use hmm_core::{Destination, MirrorEntry, NotifierId, Sequence, Settings, StatsSnapshot};
 pub use hmm_hal::{DeviceFaultError, Reach};
-pub use hmm_os::{Disable, Finding, Machine, is_engine_thread};
+pub use hmm_os::{Disable, Finding, Machine, MappedMemory, is_engine_thread, memory_of};
 pub use hmm_soft::{
     AtomicWord, Context, FailAt, Injector, KernelError, LaunchError, LaunchReport, LossMode, Plain,
     Pointer, SoftStats,
 };
 pub use hmm_types::{
-    Access, ByteCount, DeviceId, PAGE_SIZE, PageCount, PageRange, PageResidency, RangeError,
-    StayReason, VirtAddr,
+    Access, ByteCount, DeviceId, MemoryKind, PAGE_SIZE, PageCount, PageRange, PageResidency,
+    RangeError, StayReason, VirtAddr,
 };
 
 /// Engine memory in use: everything that the engine and its software devices
