@@ -83,11 +83,9 @@ impl Engine<'_> {
         let map = self.gate.read();
         let Some(piece) = map.find(fault.address) else {
             drop(map);
-            assert!(
-                !self.is_staging(fault.address),
-                "a thread touched an empty staging page at {}",
-                fault.address
-            );
+            if self.is_staging(fault.address) {
+                return self.refill_staging(fault.address);
+            }
             // Registered memory without a piece has nothing away: a hole, for
             // instance behind mremap(MREMAP_DONTUNMAP).
             let page = PageRange::from_pages(fault.address.page_floor(), PageCount::ONE);
@@ -147,6 +145,22 @@ impl Engine<'_> {
                 inner.park(piece.first);
                 Found::Parked
             }
+        }
+    }
+
+    /// The program had given a page back with MADV_FREE, and the kernel has taken
+    /// it while it was in staging: it reads as zeros, as it would at home. Nothing
+    /// else that somebody holds there can vanish.
+    fn refill_staging(&self, address: VirtAddr) -> Found {
+        assert!(
+            self.staging.lock().is_held(address),
+            "a thread touched a staging page at {address} that nobody holds"
+        );
+        self.stats.freed_in_staging.fetch_add(1, Relaxed);
+        let page = PageRange::from_pages(address.page_floor(), PageCount::ONE);
+        match self.space.zero_pages(SpaceId::OWN, page).stop {
+            Some(Stop::Again) => Found::Again,
+            _ => Found::Wake,
         }
     }
 

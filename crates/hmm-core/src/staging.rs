@@ -204,6 +204,25 @@ impl StagingPool {
             || self.layout.huge.is_some_and(|huge| huge.contains(address))
     }
 
+    /// Whether somebody holds the page at an address.
+    pub(crate) fn is_held(&self, address: VirtAddr) -> bool {
+        let small = self.layout.small;
+        let page = if small.contains(address) {
+            address.pages_since(small.start())
+        } else {
+            match self.layout.huge {
+                Some(huge) if huge.contains(address) => {
+                    small.pages().get() + address.pages_since(huge.start())
+                }
+                _ => return false,
+            }
+        };
+        let page = PageCount::new(page).index();
+        self.slots[page / PAGES_PER_BLOCK]
+            .busy
+            .contains(page % PAGES_PER_BLOCK)
+    }
+
     fn arena(&self, kind: SlotKind) -> std::ops::Range<usize> {
         match kind {
             SlotKind::Small => 0..self.small_slots,

@@ -144,6 +144,9 @@ statistics! {
     overtaken_not_found,
     /// Slower: pages placed by copying, as staging had no page ready.
     staging_dry,
+    /// Pages given back with MADV_FREE that the kernel took while they were in
+    /// staging.
+    freed_in_staging,
     /// Slower: pages that left by write-protect, copy and drop.
     fallback_pages,
     /// Slower: huge pages that came home as small ones.
