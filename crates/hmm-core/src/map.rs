@@ -77,6 +77,9 @@ pub(crate) struct BlockInner {
     pub(crate) huge: bool,
     /// When a device last asked for one of its pages.
     pub(crate) last_use: u64,
+    /// No page of the block has been the kernel's to take since it was registered:
+    /// see [`AddressSpace::may_have_freed_pages`](hmm_hal::AddressSpace).
+    pub(crate) kept: bool,
     /// Devices (one bit each) that map pages of the block in place.
     pub(crate) in_place: u16,
 }
@@ -216,6 +219,7 @@ impl Block {
                     coherent: 0,
                     huge: false,
                     last_use: 0,
+                    kept: false,
                     in_place: 0,
                 },
             ),
@@ -394,6 +398,7 @@ impl SpaceMap {
             })
             .map(|piece| piece.block);
         let block = neighbour.unwrap_or_else(|| self.new_block());
+        self.block(block).lock().kept = false;
         let piece = Piece {
             start: span.start(),
             pages,

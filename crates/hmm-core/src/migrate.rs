@@ -13,6 +13,7 @@ use hmm_types::{
 use crate::engine::{BUSY_LIMIT, Engine};
 use crate::executor::Executor;
 use crate::home::Home;
+use crate::map::SpaceMap;
 use crate::page::PageState;
 use crate::report::{Destination, MigrationReport};
 use crate::upload::{Fate, Target};
@@ -204,6 +205,38 @@ impl Engine<'_> {
         seen.is_ok() && huge == span.pages().get()
     }
 
+    /// Makes pages the program's again that the kernel may take at any moment:
+    /// should it do so while they move, `UFFDIO_MOVE` never returns (see
+    /// `docs/kernel-notes.md`). Once for each block; what is given back later is
+    /// told of.
+    fn keep_freed_pages(&self, span: PageRange) {
+        let whole = span.pages().index() == PAGES_PER_BLOCK;
+        // A block that lies where it was registered.
+        let block_of = |map: &SpaceMap| {
+            let piece = map.find(span.start())?;
+            let at_home = piece.first == 0 && u64::from(piece.pages) == span.pages().get();
+            at_home.then_some(piece.block)
+        };
+        if whole {
+            let map = self.gate.read();
+            if block_of(&map).is_some_and(|block| map.block(block).lock().kept) {
+                return;
+            }
+        }
+        let seen = self.space.presence(span, &mut |part, presence| {
+            if let Presence::Present { .. } = presence {
+                // Refused where nothing can be written; then it was not freed.
+                let _ = self.space.unshare(part);
+            }
+        });
+        if whole && seen.is_ok() {
+            let map = self.gate.read();
+            if let Some(block) = block_of(&map) {
+                map.block(block).lock().kept = true;
+            }
+        }
+    }
+
     /// Moves what can be moved of a span, which lies within 2 MiB.
     fn migrate_span(
         &self,
@@ -213,6 +246,9 @@ impl Engine<'_> {
         keep: PageRange,
         report: &mut MigrationReport,
     ) {
+        if self.space.may_have_freed_pages() {
+            self.keep_freed_pages(span);
+        }
         let huge = self.is_huge(span);
         let mut from = span.start();
         let mut busy = 0;

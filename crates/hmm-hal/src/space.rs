@@ -171,6 +171,13 @@ pub trait AddressSpace: Sync {
     /// [`RegisterError`]; then nothing is registered that was not before.
     fn register(&self, range: PageRange) -> Result<(), RegisterError>;
 
+    /// Whether pages may have been given back with MADV_FREE, and not been written
+    /// since, before their memory was registered. Nobody tells of those, and the
+    /// kernel takes them whenever it likes.
+    fn may_have_freed_pages(&self) -> bool {
+        false
+    }
+
     /// The opposite of [`AddressSpace::register`]. Pages that are not present
     /// read as zeros afterwards.
     fn unregister(&self, range: PageRange);

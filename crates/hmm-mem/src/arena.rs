@@ -275,11 +275,11 @@ mod tests {
             for number in 0..4u64 {
                 scope.spawn(move || {
                     let mut held = Vec::new();
-                    for round in 0..20_000u64 {
-                        let mark = number << 32 | round;
+                    for round in 0..20_000usize {
+                        let mark = number << 32 | round as u64;
                         held.push((mark, boxed([mark; 17])));
                         if round % 3 > 0 {
-                            let place = (round * 7) as usize % held.len();
+                            let place = round * 7 % held.len();
                             let (mark, block) = held.swap_remove(place);
                             assert_eq!(*block, [mark; 17]);
                         }

@@ -59,6 +59,8 @@ pub struct LinuxSpace {
     closed: AtomicBool,
     messages: AtomicU64,
     forks_deferred: AtomicU64,
+    /// When memory was registered, somebody on this machine had used MADV_FREE.
+    freed_pages: AtomicBool,
 }
 
 impl fmt::Debug for LinuxSpace {
@@ -135,6 +137,7 @@ impl LinuxSpace {
             closed: AtomicBool::new(false),
             messages: AtomicU64::new(0),
             forks_deferred: AtomicU64::new(0),
+            freed_pages: AtomicBool::new(false),
         })
     }
 
@@ -421,7 +424,14 @@ impl AddressSpace for LinuxSpace {
         if result.is_err() || !suitable || next < range.end() {
             return Err(RegisterError::Unsuitable);
         }
+        if !self.freed_pages.load(Ordering::Relaxed) && freed_pages_exist() {
+            self.freed_pages.store(true, Ordering::Relaxed);
+        }
         parts.uffd.register(range, self.capabilities.write_protect)
+    }
+
+    fn may_have_freed_pages(&self) -> bool {
+        self.freed_pages.load(Ordering::Relaxed)
     }
 
     fn unregister(&self, range: PageRange) {
@@ -630,4 +640,13 @@ impl AsFd for LinuxSpace {
     fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
         self.parts().uffd.as_fd()
     }
+}
+
+/// Whether anybody on this machine has ever given pages back with MADV_FREE.
+fn freed_pages_exist() -> bool {
+    let text = std::fs::read_to_string("/proc/vmstat").unwrap_or_default();
+    let count = text
+        .lines()
+        .find_map(|line| line.strip_prefix("pglazyfree "));
+    count != Some("0")
 }

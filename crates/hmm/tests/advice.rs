@@ -928,7 +928,6 @@ fn check_old_or_zero(map: &Map, first: usize, pages: usize, seed: u64) {
 /// The kernel takes freed pages back while they move. It does so at any time
 /// under memory pressure; MADV_PAGEOUT makes it do so now.
 #[test]
-#[ignore = "a limit: UFFDIO_MOVE can loop on a page that reclaim takes (docs/limits.md)"]
 fn the_kernel_takes_freed_pages_while_they_move() {
     let _dog = watchdog("the_kernel_takes_freed_pages_while_they_move", 40);
     let (hmm, device) = engine(16);
@@ -961,7 +960,6 @@ fn the_kernel_takes_freed_pages_while_they_move() {
 /// The same with memory that was freed before the engine knew it, as an
 /// allocator does that gives memory back lazily: no event tells of it.
 #[test]
-#[ignore = "a limit: UFFDIO_MOVE can loop on a page that reclaim takes (docs/limits.md)"]
 fn the_kernel_takes_pages_that_were_freed_before_the_engine_saw_them() {
     let _dog = watchdog("the_kernel_takes_pages_that_were_freed_before", 40);
     let (hmm, device) = engine(16);
