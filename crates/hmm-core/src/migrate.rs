@@ -224,9 +224,17 @@ impl Engine<'_> {
             }
         }
         let seen = self.space.presence(span, &mut |part, presence| {
-            if let Presence::Present { .. } = presence {
-                // Refused where nothing can be written; then it was not freed.
-                let _ = self.space.unshare(part);
+            let there = matches!(presence, Presence::Present { .. });
+            if !there || self.space.unshare(part).is_ok() {
+                return;
+            }
+            // It ends at a page that the kernel has taken just now (or nothing can
+            // be written here; then nothing was freed). That is a hole; the others
+            // are not.
+            for page in part.iter_pages() {
+                let _ = self
+                    .space
+                    .unshare(PageRange::from_pages(page, PageCount::ONE));
             }
         });
         if whole && seen.is_ok() {
