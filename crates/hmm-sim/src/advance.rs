@@ -273,8 +273,20 @@ impl<E: EngineUnderTest> World<E> {
 
     fn zap(&self, space: SpaceId, range: PageRange) {
         self.orphan_pins(range, space);
+        // A hole since the event was read: a device may have fetched it since, as
+        // zeros, and have got lost. The drop does not bring it back.
+        let lost: Vec<_> = range
+            .iter_pages()
+            .filter(|&page| {
+                self.scene().oracle.is_lost(space, page) && self.space.may_be_away(space, page)
+            })
+            .collect();
         self.space.zap(space, range);
-        self.scene().oracle.zero(space, range);
+        let mut scene = self.scene();
+        scene.oracle.zero(space, range);
+        for page in lost {
+            scene.oracle.forget_page(space, page);
+        }
     }
 
     fn touch_pages(&self, thread: u32, range: PageRange, next: u64, why: Touching) -> Task {
