@@ -37,7 +37,7 @@ pub enum Command {
     Info(InfoOptions),
     /// Have a device walk and change a pointer-rich index of a real file
     Demo(DemoOptions),
-    /// Run a program with virtual HMM devices, /dev/hmm_dmirror0 and 1
+    /// Run a program with virtual HMM devices, /dev/hmm_dmirror0 to 3
     Run(RunOptions),
     /// Measure the engine against memcpy and the barest userfaultfd handler
     Bench(BenchOptions),
@@ -51,7 +51,8 @@ pub enum Command {
   hmm info --memory           the memory of this command itself
   hmm info --memory 4711      of a process that you may trace
 
-Exit status: 0 when the engine can be opened, whatever else is missing; 1 when not.")]
+Exit status: 0 when the engine can be opened, whatever else is missing; 1 when not.
+With --memory: 1 when the process cannot be looked at.")]
 pub struct InfoOptions {
     /// Show a process's memory instead: what is mapped, how much of it is where, and
     /// what migrates or why not

@@ -226,7 +226,7 @@ fn at_home(inner: &BlockInner, piece: Piece, range: PageRange) -> std::ops::Rang
     let most = u64::from(piece.pages).min(range.pages().get());
     let most = u32::try_from(most).unwrap_or(piece.pages);
     let pages = (piece.first..piece.first + most)
-        .take_while(|&index| matches!(inner.state(index), PageState::System | PageState::Discarded))
+        .take_while(|&index| inner.state(index) == PageState::System)
         .count();
     piece.first..piece.first + u32::try_from(pages).unwrap_or(0)
 }

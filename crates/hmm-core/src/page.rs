@@ -176,7 +176,7 @@ impl PageEntry {
     pub(crate) fn with_coherent(self, device: Option<DeviceId>) -> Self {
         let state = self.state();
         assert!(
-            matches!(state, PageState::System | PageState::Discarded),
+            state == PageState::System,
             "a page that is {state:?} cannot be coherent"
         );
         let Self(plain) = Self::new(state);

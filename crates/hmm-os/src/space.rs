@@ -12,6 +12,7 @@ use hmm_hal::{
 use hmm_sync::assert_none_held;
 use hmm_types::{MemoryKind, PageCount, PageRange, StayReason, VirtAddr};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
 
@@ -25,6 +26,7 @@ use crate::pagemap::Pagemap;
 use crate::peek;
 use crate::refusal;
 use crate::staging::Staging;
+use crate::text::Lines;
 use crate::thread::table;
 use crate::thread_memory::ThreadMemory;
 use crate::uffd::{
@@ -59,8 +61,10 @@ pub struct LinuxSpace {
     closed: AtomicBool,
     messages: AtomicU64,
     forks_deferred: AtomicU64,
-    /// When memory was registered, somebody on this machine had used MADV_FREE.
+    /// Somebody on this machine had used MADV_FREE when that was last looked at;
+    /// memory has been registered since, so it is to be looked at again.
     freed_pages: AtomicBool,
+    freed_unknown: AtomicBool,
 }
 
 impl fmt::Debug for LinuxSpace {
@@ -138,6 +142,7 @@ impl LinuxSpace {
             messages: AtomicU64::new(0),
             forks_deferred: AtomicU64::new(0),
             freed_pages: AtomicBool::new(false),
+            freed_unknown: AtomicBool::new(false),
         })
     }
 
@@ -424,13 +429,16 @@ impl AddressSpace for LinuxSpace {
         if result.is_err() || !suitable || next < range.end() {
             return Err(RegisterError::Unsuitable);
         }
-        if !self.freed_pages.load(Ordering::Relaxed) && freed_pages_exist() {
-            self.freed_pages.store(true, Ordering::Relaxed);
-        }
-        parts.uffd.register(range, self.capabilities.write_protect)
+        let registered = parts.uffd.register(range, self.capabilities.write_protect);
+        self.freed_unknown.store(true, Ordering::Relaxed);
+        registered
     }
 
     fn may_have_freed_pages(&self) -> bool {
+        assert_none_held();
+        if self.freed_unknown.swap(false, Ordering::Relaxed) && freed_pages_exist() {
+            self.freed_pages.store(true, Ordering::Relaxed);
+        }
         self.freed_pages.load(Ordering::Relaxed)
     }
 
@@ -642,11 +650,19 @@ impl AsFd for LinuxSpace {
     }
 }
 
-/// Whether anybody on this machine has ever given pages back with MADV_FREE.
+/// Whether anybody on this machine has ever given pages back with MADV_FREE; true
+/// when that cannot be known. Read without the program's heap, as all that a
+/// migration does.
 fn freed_pages_exist() -> bool {
-    let text = std::fs::read_to_string("/proc/vmstat").unwrap_or_default();
-    let count = text
-        .lines()
-        .find_map(|line| line.strip_prefix("pglazyfree "));
-    count != Some("0")
+    let flags = OFlags::CLOEXEC | OFlags::RDONLY;
+    let Ok(counters) = open(c"/proc/vmstat", flags, Mode::empty()) else {
+        return true;
+    };
+    let mut lines = Lines::new(counters.as_fd());
+    while let Ok(Some(line)) = lines.next() {
+        if let Some(count) = line.strip_prefix(b"pglazyfree ") {
+            return count != b"0";
+        }
+    }
+    true
 }
