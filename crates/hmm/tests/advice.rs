@@ -886,10 +886,8 @@ fn pages_freed_before_the_engine_saw_them_keep_new_data() {
     }
 }
 
-/// Pages are freed and written while they move.
-#[test]
-fn pages_are_freed_while_they_move() {
-    let _dog = watchdog("pages_are_freed_while_they_move", 60);
+/// Pages are freed and written while they move, and perhaps reclaimed.
+fn freed_while_moving(reclaims: bool) {
     let (hmm, device) = engine(16);
     let since = Instant::now();
     let mut rng = Rng::new(18);
@@ -901,6 +899,9 @@ fn pages_are_freed_while_they_move() {
             for _ in 0..4 {
                 let first = rng.below(PAGES - 200);
                 assert!(map.advise(first, 200, libc::MADV_FREE), "MADV_FREE");
+                if reclaims && rng.below(2) == 0 {
+                    assert!(map.advise(first, 200, libc::MADV_PAGEOUT), "MADV_PAGEOUT");
+                }
                 check_old_or_zero(&map, first, 200, 18);
                 map.fill_part(first, 200, 18);
                 map.check(18);
@@ -912,6 +913,12 @@ fn pages_are_freed_while_they_move() {
     println!("{moved_in_all} pages moved out meanwhile");
     assert!(moved_in_all > 0, "nothing moved meanwhile");
     end(hmm, &device);
+}
+
+#[test]
+fn pages_are_freed_while_they_move() {
+    let _dog = watchdog("pages_are_freed_while_they_move", 60);
+    freed_while_moving(false);
 }
 
 #[track_caller]
@@ -931,31 +938,7 @@ fn check_old_or_zero(map: &Map, first: usize, pages: usize, seed: u64) {
 #[ignore = "forces a race in which UFFDIO_MOVE may never return (docs/kernel-notes.md); 92 runs were right"]
 fn the_kernel_takes_freed_pages_while_they_move() {
     let _dog = watchdog("the_kernel_takes_freed_pages_while_they_move", 40);
-    let (hmm, device) = engine(16);
-    let since = Instant::now();
-    let mut rng = Rng::new(18);
-    let mut moved_in_all = 0;
-    while since.elapsed() < Duration::from_millis(1500) {
-        let map = Map::aligned(PAGES, rng.below(2) == 0);
-        map.fill(18);
-        let (moved, _) = while_moving(&hmm, &device, &map, || {
-            for _ in 0..4 {
-                let first = rng.below(PAGES - 200);
-                assert!(map.advise(first, 200, libc::MADV_FREE), "MADV_FREE");
-                if rng.below(2) == 0 {
-                    assert!(map.advise(first, 200, libc::MADV_PAGEOUT), "MADV_PAGEOUT");
-                }
-                check_old_or_zero(&map, first, 200, 18);
-                map.fill_part(first, 200, 18);
-                map.check(18);
-            }
-        });
-        moved_in_all += moved;
-        map.check(18);
-    }
-    println!("{moved_in_all} pages moved out meanwhile");
-    assert!(moved_in_all > 0, "nothing moved meanwhile");
-    end(hmm, &device);
+    freed_while_moving(true);
 }
 
 /// The same with memory that was freed before the engine knew it, as an
