@@ -33,6 +33,8 @@ impl Engine<'_> {
         if !map.order.is_settled() {
             self.settles(&mut map);
         }
+        // Before the event is read: afterwards its thread may have gone on already.
+        let read_at = self.uses_now();
         let event = self.space.read_event();
         self.reading.store(false, Release);
         match event {
@@ -51,6 +53,7 @@ impl Engine<'_> {
                     kind,
                     thread,
                     read_at_ns: self.clock.now_ns(),
+                    read_at,
                 });
             }
             Some(event) => {

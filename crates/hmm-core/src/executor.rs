@@ -16,6 +16,8 @@ pub(crate) struct QueuedFault {
     pub(crate) kind: FaultKind,
     pub(crate) thread: u32,
     pub(crate) read_at_ns: u64,
+    /// No later, as a time of use (see [`Engine::uses_now`](crate::engine::Engine::uses_now)).
+    pub(crate) read_at: u64,
 }
 
 /// A bounded queue of faults: first in, first out.

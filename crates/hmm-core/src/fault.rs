@@ -71,7 +71,7 @@ impl Engine<'_> {
             Found::Wake | Found::Again => self.space.wake(SpaceId::OWN, page),
             Found::Parked => {
                 self.stats.parked_faults.fetch_add(1, Relaxed);
-                self.follow(executor, fault.address);
+                self.follow(executor, fault);
             }
             Found::Away(huge) => self.fetch(executor, fault, huge),
         }
@@ -207,7 +207,6 @@ impl Engine<'_> {
 
     /// Brings the page home, and what the plan says with it.
     fn fetch(&self, executor: &mut Executor, fault: QueuedFault, least: PageRange) {
-        let now = self.uses_now();
         let plan = self.cpu_readahead.plan(fault.address);
         let (from, upto) = Plan::addresses(plan.now);
         let from = from
@@ -226,19 +225,19 @@ impl Engine<'_> {
         if window.pages().get() > BOUNCE_PAGES {
             executor.takes_long();
         }
-        if !self.bring_demanded(executor, fault.address, window) {
-            // Somebody else was quicker, or it could not come: look again.
+        if !self.bring_demanded(executor, fault, window) {
+            // Somebody else was quicker, or it could not come, or has been home and
+            // was sent off again: who still waits looks again.
             let page = PageRange::from_pages(fault.address.page_floor(), PageCount::ONE);
             self.space.wake(SpaceId::OWN, page);
         }
-        self.plan_ahead(executor, plan, now);
+        self.plan_ahead(executor, plan, fault.read_at);
     }
 
     /// A thread waits for a page on its way: whoever reads in sequence needs more.
-    fn follow(&self, executor: &mut Executor, address: VirtAddr) {
-        let now = self.uses_now();
-        let plan = self.cpu_readahead.plan_on(address);
-        self.plan_ahead(executor, plan, now);
+    fn follow(&self, executor: &mut Executor, fault: QueuedFault) {
+        let plan = self.cpu_readahead.plan_on(fault.address);
+        self.plan_ahead(executor, plan, fault.read_at);
     }
 
     fn plan_ahead(&self, executor: &mut Executor, plan: Plan, planned_at: u64) {

@@ -20,7 +20,7 @@ use hmm_types::{
 };
 
 use crate::engine::{COPY_LIMIT, Engine};
-use crate::executor::{BOUNCE_PAGES, Executor};
+use crate::executor::{BOUNCE_PAGES, Executor, QueuedFault};
 use crate::map::{BlockId, BlockInner};
 use crate::page::PageState;
 use crate::staging::{SlotKind, StagingPage, StagingRun};
@@ -50,8 +50,8 @@ pub(crate) struct Home {
     poisons: Poisons,
     /// End before a page that is in flight, so that the caller can wait for it.
     stops_at_flights: bool,
-    /// Nothing of blocks that a device has used at this time or later.
-    unless_used: u64,
+    /// Nothing of blocks of which this is true.
+    unless: Since,
 }
 
 impl Home {
@@ -61,23 +61,26 @@ impl Home {
             only: None,
             poisons: Poisons::Nothing,
             stops_at_flights: false,
-            unless_used: u64::MAX,
+            unless: Since::Never,
         }
     }
 
-    /// As planned at a time (see [`Engine::next_use`]): what has gone to a
-    /// device since is wanted there.
+    /// As planned at a time (see [`Engine::uses_now`]): what a device has used
+    /// since is wanted there.
     pub(crate) const fn planned(at: u64) -> Self {
         Self {
-            unless_used: at,
+            unless: Since::Used(at),
             ..Self::ahead()
         }
     }
 
-    /// For a CPU thread that waits for the page at `address`.
-    pub(crate) const fn demanded(address: VirtAddr) -> Self {
+    /// For a CPU thread that waited for this page at a time. If pages have left
+    /// since, it may have had it already, and sent it off again: if it has not,
+    /// it has to ask again.
+    pub(crate) const fn demanded(page: VirtAddr, at: u64) -> Self {
         Self {
-            poisons: Poisons::Page(address),
+            poisons: Poisons::Page(page),
+            unless: Since::Left(at),
             ..Self::ahead()
         }
     }
@@ -106,6 +109,26 @@ impl Home {
     /// Only pages on one device, if one is given.
     pub(crate) const fn only(self, only: Option<DeviceId>) -> Self {
         Self { only, ..self }
+    }
+}
+
+/// What a device has done with a block's pages at a time or later.
+#[derive(Clone, Copy, Debug)]
+enum Since {
+    Never,
+    /// Asked for one.
+    Used(u64),
+    /// Got one.
+    Left(u64),
+}
+
+impl Since {
+    const fn is_true_of(self, block: &BlockInner) -> bool {
+        match self {
+            Self::Never => false,
+            Self::Used(at) => block.last_use >= at,
+            Self::Left(at) => block.last_departure >= at,
+        }
     }
 }
 
@@ -190,16 +213,18 @@ impl Landing {
 }
 
 impl Engine<'_> {
-    /// Brings the page at `address` home, whatever it takes, and the rest of
-    /// the window around it: before it if that is little, else after it. True
-    /// when the page surely came, so that who waits for it was woken.
+    /// Brings the page of a fault home, whatever it takes, and the rest of the
+    /// window around it unless a device has used it since the fault: before the
+    /// page if that is little, else after it. True when the page surely came, so
+    /// that who waits for it was woken.
     pub(crate) fn bring_demanded(
         &self,
         executor: &mut Executor,
-        address: VirtAddr,
+        fault: QueuedFault,
         window: PageRange,
     ) -> bool {
-        let page = address.page_floor();
+        let page = fault.address.page_floor();
+        let around = Home::planned(fault.read_at);
         let huge = window.pages().index() == PAGES_PER_BLOCK && window.start().is_block_aligned();
         let start = if huge || window.pages().get() <= BOUNCE_PAGES {
             window.start()
@@ -210,7 +235,7 @@ impl Engine<'_> {
         let mut came = false;
         while from < window.end() {
             let rest = PageRange::span(from, window.end());
-            let step = self.step_home(executor, rest, Home::ahead());
+            let step = self.step_home(executor, rest, around);
             let next = from.plus_pages(step.passed.max(1));
             came |= (from..next).contains(&page) && step.moved == step.passed;
             from = next;
@@ -218,11 +243,14 @@ impl Engine<'_> {
         if !came {
             // Alone: what cannot be read now is lost.
             let alone = PageRange::from_pages(page, PageCount::ONE);
-            came = self.step_home(executor, alone, Home::demanded(page)).moved > 0;
+            came = self
+                .step_home(executor, alone, Home::demanded(page, fault.read_at))
+                .moved
+                > 0;
         }
         if window.start() < start {
             let before = PageRange::span(window.start(), start);
-            self.bring_ahead(executor, before, Home::ahead());
+            self.bring_ahead(executor, before, around);
         }
         came
     }
@@ -296,7 +324,7 @@ impl Engine<'_> {
             _ => false,
         };
         let nothing_away = inner.away() == 0 && inner.in_flight() == 0;
-        if nothing_away || inner.last_use >= home.unless_used {
+        if nothing_away || home.unless.is_true_of(inner) {
             step.passed += u64::from(piece.pages);
             return Claimed::Nothing;
         }

@@ -77,6 +77,8 @@ pub(crate) struct BlockInner {
     pub(crate) huge: bool,
     /// When a device last asked for one of its pages.
     pub(crate) last_use: u64,
+    /// When one of them last left for a device.
+    pub(crate) last_departure: u64,
     /// No page of the block has been the kernel's to take since it was registered:
     /// see [`AddressSpace::may_have_freed_pages`](hmm_hal::AddressSpace).
     pub(crate) kept: bool,
@@ -85,6 +87,12 @@ pub(crate) struct BlockInner {
 }
 
 impl BlockInner {
+    /// Pages have left for a device that uses them.
+    pub(crate) const fn departed(&mut self, now: u64) {
+        self.last_use = now;
+        self.last_departure = now;
+    }
+
     pub(crate) fn entry(&self, index: u32) -> PageEntry {
         self.table
             .as_ref()
@@ -219,6 +227,7 @@ impl Block {
                     coherent: 0,
                     huge: false,
                     last_use: 0,
+                    last_departure: 0,
                     kept: false,
                     in_place: 0,
                 },

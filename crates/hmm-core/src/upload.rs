@@ -392,7 +392,7 @@ impl Engine<'_> {
         let block = map.block(flight.block);
         let mut inner = block.lock();
         let inner = &mut *inner;
-        inner.last_use = self.next_use();
+        inner.departed(self.next_use());
         let slot = self.devices.slot(target.device);
         let mut moved = 0;
         let mut zeroed = 0;
@@ -644,7 +644,7 @@ impl Engine<'_> {
                 page: run.first,
             },
         );
-        inner.last_use = self.next_use();
+        inner.departed(self.next_use());
         let slot = self.devices.slot(device);
         let _ = slot.device.map_host(page, host, Access::Write);
         Fate::Moved {

@@ -1,4 +1,4 @@
-//! Changes that are reported late.
+//! Changes that are reported late, and faults that are served late.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -170,4 +170,36 @@ fn what_is_remapped_behind_the_sweep_comes_home_too() {
         let there = process.space.peek(SpaceId::OWN, page).is_some();
         assert!(there, "{page} is still away");
     }
+}
+
+/// A handler has read a fault and does not get to run. Meanwhile the page comes
+/// home by another way and is sent off again, at the program's wish: nobody
+/// waits for it any more, and it must stay where it was sent.
+#[test]
+fn a_fault_that_is_served_late_brings_nothing_back() {
+    let process = Process::new();
+    let [range, other] = [pages(0), pages(100)];
+    process.on_device(range, 1);
+    let device = DeviceId::new(0);
+    let read = |page| {
+        let look = &mut |_: &mut hmm_sim::Payload| {};
+        process
+            .space
+            .touch(SpaceId::OWN, 9, page, Access::Read, look)
+    };
+    assert_ne!(read(range.start()), Touch::Done, "the page is away");
+    process.engine.read();
+    process.engine.request(Request::Evict(range));
+    assert_eq!(read(range.start()), Touch::Done, "the page is here");
+    process.engine.request(Request::Migrate(range, device));
+    assert!(process.engine.work(), "the fault is served now");
+    for page in range.iter_pages() {
+        let here = process.space.peek(SpaceId::OWN, page).is_some();
+        assert!(!here, "{page} has come back");
+    }
+    // Who waits gets its page, also when other pages left after its fault.
+    assert_ne!(read(range.start()), Touch::Done);
+    process.engine.read();
+    process.on_device(other, 2);
+    assert_eq!(process.value(range.start()), 1);
 }
