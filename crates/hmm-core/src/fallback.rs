@@ -17,7 +17,9 @@
 use std::sync::atomic::Ordering::Relaxed;
 
 use hmm_hal::{DeviceError, Presence, Stop, Transfer};
-use hmm_types::{DeviceId, FrameRange, PAGES_PER_BLOCK, PageCount, PageRange, StayReason};
+use hmm_types::{
+    DeviceId, FrameRange, PAGES_PER_BLOCK, PageCount, PageRange, StayReason, VirtAddr,
+};
 
 use crate::engine::{AGAIN_LIMIT, Engine};
 use crate::executor::{BOUNCE_PAGES, Executor};
@@ -65,18 +67,20 @@ impl Engine<'_> {
         }
         let frames = frames.slice(0, flight.pages);
         let passed = match self.copy_protected(executor, &flight, place, frames, target.device) {
-            Ok(()) if self.drop_protected(&flight, place, frames, target.device) => {
-                self.stats
-                    .fallback_pages
-                    .fetch_add(u64::from(flight.pages), Relaxed);
-                self.commit_out(&flight, frames, target, false)
-            }
-            Ok(()) => {
-                self.release_protected(executor, &flight, frames, target.device);
-                Passed::new(u64::from(flight.pages), Fate::Stayed(StayReason::Locked))
-            }
+            Ok(()) => match self.drop_protected(&flight, place, frames, target.device) {
+                Ok(()) => {
+                    self.stats
+                        .fallback_pages
+                        .fetch_add(u64::from(flight.pages), Relaxed);
+                    self.commit_out(&flight, frames, target, false)
+                }
+                Err(dropped) => {
+                    self.release_protected(executor, &flight, place, frames, target, dropped);
+                    Passed::new(u64::from(flight.pages), Fate::Stayed(StayReason::Locked))
+                }
+            },
             Err(reason) => {
-                self.release_protected(executor, &flight, frames, target.device);
+                self.release_protected(executor, &flight, place, frames, target, 0);
                 Passed::new(u64::from(flight.pages), Fate::Stayed(reason))
             }
         };
@@ -194,16 +198,19 @@ impl Engine<'_> {
         })
     }
 
-    /// Drops the copied pages from the program. False when the kernel refuses,
-    /// or when the pages have been remapped since they were claimed: then what
-    /// was copied may be something else.
+    /// Drops the copied pages from the program.
+    ///
+    /// # Errors
+    /// How many pages it has dropped before the kernel refused, or before one
+    /// that has been remapped since they were claimed: what was copied of it
+    /// may be something else.
     fn drop_protected(
         &self,
         flight: &Flight,
         claimed: PageRange,
         frames: FrameRange,
         device: DeviceId,
-    ) -> bool {
+    ) -> Result<(), u32> {
         let mut offset = 0;
         while offset < flight.pages {
             let Some((place, pages)) = self.mark_dropping(flight, offset, frames, device) else {
@@ -211,15 +218,15 @@ impl Engine<'_> {
                 continue;
             };
             if place.start() != claimed.start().plus_pages(u64::from(offset)) {
-                return false;
+                return Err(offset);
             }
             hmm_sync::assert_none_held();
             if self.space.discard(place).is_err() {
-                return false;
+                return Err(offset);
             }
             offset += pages;
         }
-        true
+        Ok(())
     }
 
     /// The next pages that are still wanted and lie together.
@@ -254,20 +261,26 @@ impl Engine<'_> {
         Some((place, pages))
     }
 
-    /// Undoes a claim: what was not dropped is the program's again; what was
-    /// dropped already stays on the device.
+    /// Undoes a claim: what the engine has not dropped is the program's again;
+    /// what it has dropped already stays on the device. It has surely dropped
+    /// so many pages, `dropped`, from where they were `claimed`.
     fn release_protected(
         &self,
         executor: &mut Executor,
         flight: &Flight,
+        claimed: PageRange,
         frames: FrameRange,
-        device: DeviceId,
+        target: Target,
+        dropped: u32,
     ) {
         let mut offset = 0;
         let mut attempt = 0;
         while offset < flight.pages {
+            let at = claimed.start().plus_pages(u64::from(offset));
+            let at = (offset >= dropped).then_some(at);
+            let frame = frames.slice(offset, 1);
             let patient = attempt < AGAIN_LIMIT;
-            if self.release_page(flight, offset, frames, device, patient) {
+            if self.release_page(flight, offset, at, frame, target.device, patient) {
                 offset += 1;
             } else {
                 self.wait_for_events(executor, attempt);
@@ -276,11 +289,13 @@ impl Engine<'_> {
         }
     }
 
+    /// `claimed` is where the page was, unless the engine has surely dropped it.
     fn release_page(
         &self,
         flight: &Flight,
         offset: u32,
-        frames: FrameRange,
+        claimed: Option<VirtAddr>,
+        frame: FrameRange,
         device: DeviceId,
         patient: bool,
     ) -> bool {
@@ -292,7 +307,11 @@ impl Engine<'_> {
         let entry = inner.entry(index);
         let slot = self.devices.slot(device);
         let mut there = false;
+        // A drop that the kernel has refused, or that was not tried, has not hit
+        // a page that is somewhere else now: what was reported was the program's.
+        let mut ours = true;
         if let Some(place) = block.place_of(index, 1) {
+            ours = claimed.is_none_or(|claimed| claimed == place.start());
             // The drop was reported, but went by an address where the page may
             // not have been any more. Looked at first: what the next call does
             // not refuse was true here.
@@ -309,12 +328,13 @@ impl Engine<'_> {
                 return false;
             }
         }
-        let dropped = !entry.doomed() && !there;
-        if let (PageState::Dropped { device, frame }, true) = (entry.state(), dropped) {
+        let reported = matches!(entry.state(), PageState::Dropped { .. });
+        let doomed = entry.doomed() || (reported && !ours && !there);
+        if let (PageState::Dropped { device, frame }, false) = (entry.state(), doomed || there) {
             inner.set(index, PageState::Device { device, frame });
         } else if entry.state().in_flight() {
-            slot.free(frames.slice(offset, 1));
-            let state = if entry.doomed() {
+            slot.free(frame);
+            let state = if doomed {
                 Self::after_removal(block, index)
             } else {
                 PageState::System

@@ -16,7 +16,7 @@ use crate::home::Home;
 use crate::map::SpaceMap;
 use crate::page::PageState;
 use crate::report::{Destination, MigrationReport};
-use crate::upload::{Fate, Target};
+use crate::upload::{Fate, Passed, Target};
 
 impl Engine<'_> {
     /// Moves the pages of a range to a device or home, each if it can, and
@@ -245,6 +245,22 @@ impl Engine<'_> {
         }
     }
 
+    /// The first pages of a range up to the end of their mapping as it is now. What
+    /// a page does not allow the next mapping may: pages that can be moved are
+    /// not to be copied, which sees no pin.
+    fn in_one_mapping(&self, range: PageRange) -> PageRange {
+        let mut first = range.slice(0, 1);
+        let looked = self.space.mappings(range, &mut |mapping| {
+            if mapping.range.contains(range.start())
+                && let Some(here) = mapping.range.intersection(range)
+            {
+                first = here;
+            }
+        });
+        debug_assert!(first.start() == range.start() || looked.is_err());
+        first
+    }
+
     /// Moves what can be moved of a span, which lies within 2 MiB.
     fn migrate_span(
         &self,
@@ -273,10 +289,10 @@ impl Engine<'_> {
             };
             let mut passed = self.step_to_device(executor, rest, target, huge);
             if let Fate::CopyInstead = passed.fate {
-                let page = rest.slice(0, 1);
-                passed = match self.space.explain_refusal(page) {
-                    Some(reason) => crate::upload::Passed::new(passed.pages, Fate::Stayed(reason)),
-                    None => self.step_by_copy(executor, rest, target),
+                let alike = self.in_one_mapping(rest);
+                passed = match self.space.explain_refusal(alike.slice(0, 1)) {
+                    Some(reason) => Passed::new(alike.pages().get(), Fate::Stayed(reason)),
+                    None => self.step_by_copy(executor, alike, target),
                 };
             }
             if let Fate::Elsewhere(on) = passed.fate {

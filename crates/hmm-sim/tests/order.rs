@@ -1,4 +1,4 @@
-//! Changes that are reported late, and faults that are served late.
+//! Changes that are reported late or not at all, and faults that are served late.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,7 +8,9 @@ use hmm_sim::{
     ARENA_START, CoreEngine, EngineUnderTest, HookPoint, MapRequest, Rates, Request, SimClock,
     SimConfig, SimDevice, SimSpace, Ticket, Touch,
 };
-use hmm_types::{Access, DeviceId, MemoryKind, PageCount, PageRange, VirtAddr};
+use hmm_types::{
+    Access, DeviceId, MemoryKind, PAGES_PER_BLOCK, PageCount, PageRange, Permissions, VirtAddr,
+};
 
 const PAGES: u64 = 4;
 /// Reads for which a thread does not get to run.
@@ -35,7 +37,10 @@ struct Process {
 
 impl Process {
     fn new() -> Self {
-        let config = config();
+        Self::with(config())
+    }
+
+    fn with(config: SimConfig) -> Self {
         let space = SimSpace::new(&config);
         let device = SimDevice::new(&config, 0, &space);
         let engine = CoreEngine::new(&config, space.clone(), vec![device], SimClock::default());
@@ -202,4 +207,79 @@ fn a_fault_that_is_served_late_brings_nothing_back() {
     process.engine.read();
     process.on_device(other, 2);
     assert_eq!(process.value(range.start()), 1);
+}
+
+/// Where pages cannot be moved the engine drops them by address. Before its own
+/// drop is reported the program drops the same page and remaps it: what is at
+/// the new place are zeros, and not what the engine had copied.
+#[test]
+fn a_drop_of_the_programs_is_not_taken_for_the_engines() {
+    let mut config = config();
+    config.capabilities.move_pages = false;
+    let process = Process::with(config);
+    let [range, elsewhere] = [pages(0), pages(100)];
+    let changed = AtomicBool::new(false);
+    let (space, engine) = (process.space.clone(), Arc::downgrade(&process.engine));
+    process.space.set_hook(Some(Arc::new(move |point| {
+        let Some(engine) = engine.upgrade() else {
+            return;
+        };
+        if point == HookPoint::WaitForEvent && !changed.swap(true, Ordering::Relaxed) {
+            space.delay(LATE);
+            let (part, told) = space.dontneed(SpaceId::OWN, range).unwrap();
+            while told.is_some_and(|ticket| space.is_unread(ticket)) {
+                engine.read();
+            }
+            space.zap(SpaceId::OWN, part);
+            assert!(space.mremap(range, elsewhere).unwrap().is_some());
+        }
+        if point.needs_reader() {
+            engine.read();
+        }
+    })));
+    process.on_device(range, 1);
+    process.space.set_hook(None);
+    for page in elsewhere.iter_pages() {
+        assert_eq!(process.value(page), 0, "{page} was dropped");
+    }
+}
+
+/// The program makes a page read-only after the engine has looked: that page
+/// cannot be moved any more, so it is copied and dropped. Its neighbours can be,
+/// and one is pinned for DMA, which only moving it tells.
+#[test]
+fn what_is_copied_and_dropped_ends_with_the_mapping() {
+    let process = Process::new();
+    // One page of a block, three of the next.
+    let range = pages(PAGES_PER_BLOCK as u64 - 1);
+    let pin = Arc::new(std::sync::Mutex::new(None));
+    let (space, pinned) = (process.space.clone(), Arc::clone(&pin));
+    let engine = Arc::downgrade(&process.engine);
+    process.space.set_hook(Some(Arc::new(move |point| {
+        let mut pinned = pinned.lock().unwrap();
+        if point == HookPoint::Submit && pinned.is_none() {
+            let read_only = Permissions {
+                write: false,
+                ..Permissions::READ_WRITE
+            };
+            space.mprotect(range.slice(1, 1), read_only);
+            *pinned = Some(space.pin(range.start().plus_pages(PAGES - 1)).unwrap());
+        }
+        drop(pinned);
+        if point.needs_reader()
+            && let Some(engine) = engine.upgrade()
+        {
+            engine.read();
+        }
+    })));
+    process.on_device(range, 1);
+    process.space.set_hook(None);
+    let pin = pin.lock().unwrap().expect("a page was copied");
+    let mut seen = 0;
+    let at = process.space.dma(pin, &mut |data| seen = data[0]);
+    assert_eq!(at, Some(range.start().plus_pages(PAGES - 1)));
+    assert_eq!(seen, 1, "what the DMA reads");
+    for page in range.iter_pages() {
+        assert_eq!(process.value(page), 1, "{page}");
+    }
 }
