@@ -111,18 +111,13 @@ impl Engine<'_> {
     /// munmap: the pages are gone, and so is the right to the addresses. What
     /// has arrived there since stays.
     fn unmap(&self, map: &mut SpaceMap, range: PageRange) {
-        if !map.order.expected(range) {
-            return self.unmap_all(map, range);
-        }
-        let mut from = range.start();
-        while from < range.end() {
-            let rest = PageRange::span(from, range.end());
-            let spared = map.order.first_spared(rest);
-            let upto = spared.map_or(range.end(), PageRange::start);
-            if from < upto {
-                self.unmap_all(map, PageRange::span(from, upto));
-            }
-            from = spared.map_or(range.end(), PageRange::end);
+        let spared = if map.order.expected(range) {
+            map.order.spared(range)
+        } else {
+            self.outlives_unmap(map, range)
+        };
+        for part in without(range, &spared) {
+            self.unmap_all(map, part);
         }
     }
 
@@ -137,12 +132,15 @@ impl Engine<'_> {
 
     /// mremap: pages keep their block and index, pieces get other addresses.
     fn carry_over(&self, map: &mut SpaceMap, from: PageRange, to: VirtAddr) {
-        let taken = map.remove(from, |map, piece| {
-            let mut inner = map.block(piece.block).lock();
-            self.wake_parked(&inner, piece);
-            self.invalidate(&mut inner, piece.range());
-        });
-        map.insert_moved(&taken, from.start(), to);
+        let spared = self.outlives_remap(map, from);
+        for part in without(from, &spared) {
+            let taken = map.remove(part, |map, piece| {
+                let mut inner = map.block(piece.block).lock();
+                self.wake_parked(&inner, piece);
+                self.invalidate(&mut inner, piece.range());
+            });
+            map.insert_moved(&taken, from.start(), to);
+        }
         map.order.reach(PageRange::from_pages(to, from.pages()));
     }
 
@@ -232,4 +230,23 @@ impl Engine<'_> {
             }
         }
     }
+}
+
+/// The parts of a range outside of others.
+fn without(range: PageRange, others: &[PageRange]) -> impl Iterator<Item = PageRange> {
+    let mut from = range.start();
+    std::iter::from_fn(move || {
+        while from < range.end() {
+            let rest = PageRange::span(from, range.end());
+            let parts = others.iter().filter_map(|other| other.intersection(rest));
+            let next = parts.min_by_key(|part| part.start());
+            let upto = next.map_or(range.end(), PageRange::start);
+            let part = (from < upto).then(|| PageRange::span(from, upto));
+            from = next.map_or(range.end(), PageRange::end);
+            if part.is_some() {
+                return part;
+            }
+        }
+        None
+    })
 }

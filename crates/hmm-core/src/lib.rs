@@ -33,6 +33,7 @@
 #![forbid(unsafe_code)]
 
 mod ahead;
+mod arrivals;
 mod children;
 mod coherent;
 mod device_fault;

@@ -43,6 +43,8 @@ pub(crate) struct Order {
     waiting: Vec<Event>,
     /// Pages whose faults were read along with what was looked for.
     stopped: Vec<(SpaceId, PageRange)>,
+    /// Events that were read to understand another one, and come after it.
+    ahead: Vec<Event>,
 }
 
 impl Order {
@@ -52,6 +54,7 @@ impl Order {
             reached: hmm_mem::vec(),
             waiting: hmm_mem::vec(),
             stopped: hmm_mem::vec(),
+            ahead: hmm_mem::vec(),
         }
     }
 
@@ -63,6 +66,7 @@ impl Order {
     /// No change is under way.
     pub(crate) fn settle(&mut self) {
         assert!(self.waiting.is_empty(), "a remap was not carried out");
+        debug_assert!(self.ahead.is_empty(), "an event was not applied");
         self.left.clear();
         self.reached.clear();
     }
@@ -83,19 +87,36 @@ impl Order {
         at.map(|at| self.left.remove(at)).is_some()
     }
 
-    /// The first part of the range that has arrived lately, or is still to
-    /// leave.
-    pub(crate) fn first_spared(&self, range: PageRange) -> Option<PageRange> {
+    /// The parts of a range that have arrived lately, or are still to leave.
+    pub(crate) fn spared(&self, range: PageRange) -> Vec<PageRange> {
         let leaving = self.waiting.iter().filter_map(|event| match event {
             Event::Remap { from, .. } => Some(*from),
             _ => None,
         });
-        self.reached
-            .iter()
-            .copied()
-            .chain(leaving)
-            .filter_map(|spared| spared.intersection(range))
-            .min_by_key(|part| part.start())
+        let mut spared = hmm_mem::vec();
+        let parts = leaving.filter_map(|leaving| leaving.intersection(range));
+        spared.extend(self.reached_parts(range).chain(parts));
+        spared
+    }
+
+    /// The parts of a range that a remap has reached.
+    pub(crate) fn reached_parts(&self, range: PageRange) -> impl Iterator<Item = PageRange> {
+        let reached = self.reached.iter();
+        reached.filter_map(move |reached| reached.intersection(range))
+    }
+
+    /// Keeps an event for after the one that is being carried out.
+    pub(crate) fn read_ahead(&mut self, event: Event) {
+        self.ahead.push(event);
+    }
+
+    pub(crate) fn has_read_ahead(&self, wanted: impl Fn(&Event) -> bool) -> bool {
+        self.ahead.iter().any(wanted)
+    }
+
+    /// A thread whose fault was read is to look again later.
+    pub(crate) fn stop(&mut self, space: SpaceId, page: PageRange) {
+        self.stopped.push((space, page));
     }
 
     /// The remap that waits longest: what went, and where it is.
@@ -127,8 +148,18 @@ impl Order {
 }
 
 impl Engine<'_> {
-    /// Carries an event out, and what has waited for it; or has it wait.
+    /// Carries an event out, or has it wait; and then what was read to understand
+    /// it.
     pub(crate) fn apply(&self, map: &mut SpaceMap, event: Event) {
+        self.apply_one(map, event);
+        while !map.order.ahead.is_empty() {
+            let event = map.order.ahead.remove(0);
+            self.apply_one(map, event);
+        }
+    }
+
+    /// Carries an event out, and what has waited for it; or has it wait.
+    fn apply_one(&self, map: &mut SpaceMap, event: Event) {
         self.stats.structural_events.fetch_add(1, Relaxed);
         if let Event::Remap {
             space: SpaceId::OWN,
@@ -192,7 +223,7 @@ impl Engine<'_> {
             None => {}
             Some(Event::Fault { space, address, .. }) => {
                 let page = PageRange::from_pages(address.page_floor(), PageCount::ONE);
-                map.order.stopped.push((space, page));
+                map.order.stop(space, page);
             }
             Some(event) => self.apply(map, event),
         }
@@ -252,7 +283,7 @@ fn must_wait(map: &SpaceMap, event: Event) -> bool {
     }
 }
 
-fn target(from: PageRange, to: VirtAddr) -> PageRange {
+pub(crate) fn target(from: PageRange, to: VirtAddr) -> PageRange {
     PageRange::from_pages(to, from.pages())
 }
 

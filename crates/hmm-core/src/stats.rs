@@ -142,6 +142,8 @@ statistics! {
     overtaken_events,
     /// Weaker: of these, those whose thread was not found.
     overtaken_not_found,
+    /// Slower: events that seemed to take away what had arrived there lately.
+    disputed_events,
     /// Slower: pages placed by copying, as staging had no page ready.
     staging_dry,
     /// Pages given back with MADV_FREE that the kernel took while they were in

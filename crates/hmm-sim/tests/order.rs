@@ -148,6 +148,46 @@ fn memory_that_changed_hands_is_dropped() {
     changes_hands(|space, range| space.dontneed(SpaceId::OWN, range)?.1);
 }
 
+/// A mapping grows, which the kernel does not report. One thread changes what
+/// has grown and does not get to say so; another one's memory arrives there.
+fn grown_memory_changes_hands(change: fn(&SimSpace, PageRange) -> Option<Ticket>) {
+    let process = Process::new();
+    let [first, second] = [pages(100), pages(200)];
+    process.on_device(first, 1);
+    process.on_device(second, 2);
+    let grown = PageRange::from_pages(ARENA_START, PageCount::new(2 * PAGES));
+    process.space.mremap(first, grown).unwrap();
+    while process.space.has_unread() {
+        process.engine.read();
+    }
+    let place = grown.slice(PAGES, PAGES);
+    assert!(change(&process.space, place).is_some(), "it is registered");
+    process.space.delay(LATE);
+    process.space.mremap(second, place).unwrap();
+    while process.space.has_unread() {
+        process.engine.read();
+    }
+    for page in place.iter_pages() {
+        assert_eq!(process.value(page), 2, "what has arrived at {page}");
+    }
+    for page in grown.slice(0, PAGES).iter_pages() {
+        assert_eq!(process.value(page), 1, "what has grown at {page}");
+    }
+}
+
+#[test]
+fn what_has_grown_is_unmapped() {
+    grown_memory_changes_hands(|space, range| space.munmap(SpaceId::OWN, range));
+}
+
+#[test]
+fn what_has_grown_moves_on() {
+    grown_memory_changes_hands(|space, range| {
+        let to = PageRange::from_pages(pages(300).start(), range.pages());
+        space.mremap(range, to).unwrap()
+    });
+}
+
 /// Everything comes home before a fork that is not reported; meanwhile memory
 /// is remapped to where that has been looked for already.
 #[test]
