@@ -29,6 +29,10 @@ pub struct Settings {
     pub readahead: bool,
     /// Memory that staging may keep populated while nothing uses it.
     pub staging_limit: ByteCount,
+    /// Whether pages that have left the program take others home. Faster; but the
+    /// kernel may still hold such a page for a pipe or a socket, and would give
+    /// the other's data.
+    pub reuse_pages: bool,
     /// At most this many pages come home by copying even when staging has
     /// pages to move. Moving a page makes every other CPU flush its TLB, which
     /// copying does not, so few pages are copied faster than moved.
@@ -42,6 +46,7 @@ impl Default for Settings {
             device_granule: PageCount::new(64),
             readahead: true,
             staging_limit: ByteCount::mib(512),
+            reuse_pages: true,
             copy_at_most: PageCount::new(4),
         }
     }
@@ -95,6 +100,8 @@ pub struct Engine<'env> {
     pub(crate) device_readahead: Readahead,
     /// What read-ahead planned for a CPU and handlers have not brought yet.
     pub(crate) ahead: Ahead,
+    /// See [`Settings::reuse_pages`].
+    reuses_pages: AtomicBool,
     pub(crate) stats: Statistics,
     pub(crate) uses: AtomicU64,
     /// There are children: read without their lock.
@@ -147,6 +154,7 @@ impl<'env> Engine<'env> {
                 settings.readahead,
             ),
             ahead: Ahead::new(),
+            reuses_pages: AtomicBool::new(settings.reuse_pages),
             stats: Statistics::new(),
             uses: AtomicU64::new(1),
             owing: AtomicBool::new(false),
@@ -375,6 +383,16 @@ impl<'env> Engine<'env> {
     /// Whether the address is memory of the engine that must never fault.
     pub(crate) fn is_staging(&self, address: VirtAddr) -> bool {
         self.staging.lock().contains(address)
+    }
+
+    /// From now on pages that leave the program take no others home (see
+    /// [`Settings::reuse_pages`]).
+    pub fn stop_reusing_pages(&self) {
+        self.reuses_pages.store(false, Ordering::SeqCst);
+    }
+
+    pub(crate) fn reuses_pages(&self) -> bool {
+        self.reuses_pages.load(Ordering::SeqCst)
     }
 
     /// Pages of staging that somebody holds: zero when the engine is at rest.

@@ -192,7 +192,7 @@ impl Engine<'_> {
                     inner.set(index, state);
                 }
                 PageState::Staged { page, .. } => {
-                    self.staging.lock().put(page, true);
+                    self.staging.lock().put_used(page, self.reuses_pages());
                     inner.set(index, state);
                 }
                 PageState::Dropping { device, frame } if state == PageState::Discarded => {

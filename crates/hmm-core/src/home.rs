@@ -404,7 +404,11 @@ impl Engine<'_> {
         match progress.stop {
             None => {
                 inner.set(index, PageState::System);
-                self.staging.lock().put(page, !moved);
+                if moved {
+                    self.staging.lock().put(page, false);
+                } else {
+                    self.staging.lock().put_used(page, self.reuses_pages());
+                }
                 self.space.wake(SpaceId::OWN, place);
                 step.passed += 1;
                 step.moved += 1;

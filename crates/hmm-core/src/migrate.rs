@@ -18,6 +18,9 @@ use crate::page::PageState;
 use crate::report::{Destination, MigrationReport};
 use crate::upload::{Fate, Passed, Target};
 
+/// Pages that wait to be given back because nothing may use them again.
+const SPENT_LIMIT: u64 = 2048;
+
 impl Engine<'_> {
     /// Moves the pages of a range to a device or home, each if it can, and
     /// reports on every one of them. To make room on a device, pages outside
@@ -512,10 +515,15 @@ impl Engine<'_> {
         pages
     }
 
-    /// Gives staging memory beyond the limit back to the kernel.
+    /// Gives staging memory beyond the limit back to the kernel, and what is not
+    /// used again: that in bulk, as each time is a call and an event.
     pub fn trim_staging(&self) {
         let limit = self.settings.staging_limit.whole_pages().get();
-        while self.staging.lock().populated_pages() > limit {
+        let is_full = || {
+            let staging = self.staging.lock();
+            staging.populated_pages() > limit || staging.spent_pages() > SPENT_LIMIT
+        };
+        while is_full() {
             if !self.trim_slot(None) {
                 return;
             }

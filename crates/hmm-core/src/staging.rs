@@ -11,6 +11,11 @@
 //! |---|---|---|
 //! | empty | room for pages that leave | about to receive one |
 //! | populated | ready to take a page home | holds data on its way, or staged |
+//!
+//! The kernel may still hold a page that was the program's, by a reference that
+//! nobody can see (vmsplice, MSG_ZEROCOPY): what it reads there must stay. A pool
+//! that does not reuse pages keeps such ones as *spent*, until their slot is given
+//! back to the kernel; pages come home in fresh ones only.
 
 use hmm_hal::StagingLayout;
 use hmm_mem::Vec;
@@ -83,8 +88,11 @@ impl PageSet {
 struct Slot {
     populated: PageSet,
     busy: PageSet,
-    /// Free populated pages; free empty pages.
+    /// Populated pages that must not take another page home.
+    spent: PageSet,
+    /// Free populated pages, spent or not; free empty pages.
     ready: u16,
+    wasted: u16,
     room: u16,
 }
 
@@ -92,12 +100,14 @@ impl Slot {
     const EMPTY: Self = Self {
         populated: PageSet::EMPTY,
         busy: PageSet::EMPTY,
+        spent: PageSet::EMPTY,
         ready: 0,
+        wasted: 0,
         room: 512,
     };
 
     const fn is_idle(&self) -> bool {
-        (self.ready + self.room) as usize == PAGES_PER_BLOCK
+        (self.ready + self.wasted + self.room) as usize == PAGES_PER_BLOCK
     }
 
     fn set_busy(&mut self, index: usize, busy: bool) {
@@ -106,7 +116,9 @@ impl Slot {
             "staging page taken or given back twice"
         );
         self.busy.set(index, busy);
-        let count = if self.populated.contains(index) {
+        let count = if self.spent.contains(index) {
+            &mut self.wasted
+        } else if self.populated.contains(index) {
             &mut self.ready
         } else {
             &mut self.room
@@ -118,13 +130,16 @@ impl Slot {
         }
     }
 
-    /// Longest run of free pages that are populated (or empty) as asked, at
+    /// Longest run of free pages that are ready (or empty) as asked, at
     /// most `pages` long; the first that is long enough wins.
     fn find(&self, populated: bool, pages: u32) -> Option<(usize, u32)> {
         let mut best: Option<(usize, u32)> = None;
         let mut index = 0;
         while index < PAGES_PER_BLOCK {
-            let fits = |i: usize| !self.busy.contains(i) && self.populated.contains(i) == populated;
+            let fits = |i: usize| {
+                let usable = !self.busy.contains(i) && !self.spent.contains(i);
+                usable && self.populated.contains(i) == populated
+            };
             if !fits(index) {
                 index += 1;
                 continue;
@@ -156,6 +171,7 @@ pub(crate) struct StagingPool {
     room_cursor: usize,
     populated: u64,
     held: u64,
+    spent: u64,
 }
 
 impl StagingPool {
@@ -173,7 +189,13 @@ impl StagingPool {
             room_cursor: 0,
             populated: 0,
             held: 0,
+            spent: 0,
         }
+    }
+
+    /// Free pages that only giving them back makes useful again.
+    pub(crate) const fn spent_pages(&self) -> u64 {
+        self.spent
     }
 
     /// Pages that hold memory, busy or not.
@@ -305,8 +327,24 @@ impl StagingPool {
                 self.populated -= 1;
             }
         }
+        if !populated && slot.spent.contains(index) {
+            slot.spent.remove(index);
+            self.spent -= 1;
+        }
         slot.set_busy(index, false);
         self.held -= 1;
+    }
+
+    /// Gives back a held page that was the program's: ready to take another one
+    /// home, or spent.
+    pub(crate) fn put_used(&mut self, page: StagingPage, ready: bool) {
+        let number = page.get() as usize;
+        let (slot, index) = (number / PAGES_PER_BLOCK, number % PAGES_PER_BLOCK);
+        if !ready && !self.slots[slot].spent.contains(index) {
+            self.slots[slot].spent.insert(index);
+            self.spent += 1;
+        }
+        self.put(page, true);
     }
 
     /// Gives a held run back.
@@ -336,7 +374,7 @@ impl StagingPool {
     ) -> Option<(StagingRun, PageRange)> {
         let slot = self.slots.iter().enumerate().position(|(number, slot)| {
             let of_kind = kind.is_none_or(|kind| self.arena(kind).contains(&number));
-            of_kind && slot.is_idle() && slot.ready > 0
+            of_kind && slot.is_idle() && slot.ready + slot.wasted > 0
         })?;
         let run = self.hold(slot, 0, BLOCK_PAGES);
         let range =
@@ -377,10 +415,40 @@ mod tests {
         let at = |mib: u64, len: u64| {
             PageRange::new(VirtAddr::new(mib << 20), len << 20).expect("a range of pages")
         };
-        StagingPool::new(StagingLayout {
+        let layout = StagingLayout {
             small: at(64, 8),
             huge: Some(at(128, 4)),
-        })
+        };
+        StagingPool::new(layout)
+    }
+
+    #[test]
+    fn what_the_kernel_may_hold_is_not_written_to() {
+        let mut pool = pool();
+        let out = pool.take_room(SlotKind::Small, 4).unwrap();
+        for page in 0..4 {
+            pool.put_used(out.first.plus(page), false);
+        }
+        assert_eq!((pool.populated_pages(), pool.spent_pages()), (4, 4));
+        assert!(pool.take_ready(SlotKind::Small, 1).is_none());
+        let next = pool.take_room(SlotKind::Small, 4).unwrap();
+        assert!(
+            next.first.get() >= out.first.get() + 4,
+            "spent pages are no room"
+        );
+        pool.put_run(next, true);
+        let home = pool.take_ready(SlotKind::Small, 8).unwrap();
+        assert_eq!(home, next, "fresh pages are ready");
+        pool.put_run(home, false);
+        // Not emptied: spent as before.
+        let (run, _) = pool.take_for_trim(None).unwrap();
+        pool.put_run_as_found(run, false);
+        assert_eq!(pool.spent_pages(), 4);
+        let (run, _) = pool.take_for_trim(None).unwrap();
+        pool.put_run_as_found(run, true);
+        assert_eq!((pool.populated_pages(), pool.spent_pages()), (0, 0));
+        let whole = pool.take_room(SlotKind::Small, 512).unwrap();
+        assert_eq!(whole.pages, 512);
     }
 
     #[test]

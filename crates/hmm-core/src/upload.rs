@@ -401,7 +401,12 @@ impl Engine<'_> {
             let mut staging = self.staging.lock();
             for offset in 0..flight.pages {
                 let data = flight.present.contains(offset as usize);
-                staging.put(run.first.plus(offset), data);
+                let page = run.first.plus(offset);
+                if data {
+                    staging.put_used(page, self.reuses_pages());
+                } else {
+                    staging.put(page, false);
+                }
             }
         }
         for offset in 0..flight.pages {
@@ -541,8 +546,13 @@ impl Engine<'_> {
         let entry = inner.entry(index);
         let staging_page: StagingPage = run.first.plus(offset);
         if entry.doomed() || !flight.present.contains(offset as usize) {
-            let data = flight.present.contains(offset as usize);
-            self.staging.lock().put(staging_page, data);
+            if flight.present.contains(offset as usize) {
+                self.staging
+                    .lock()
+                    .put_used(staging_page, self.reuses_pages());
+            } else {
+                self.staging.lock().put(staging_page, false);
+            }
             let state = if entry.doomed() {
                 Self::after_removal(block, index)
             } else {
@@ -564,7 +574,13 @@ impl Engine<'_> {
         }
         match progress.stop {
             None => {
-                self.staging.lock().put(staging_page, !emptied);
+                if emptied {
+                    self.staging.lock().put(staging_page, false);
+                } else {
+                    self.staging
+                        .lock()
+                        .put_used(staging_page, self.reuses_pages());
+                }
                 inner.set(index, PageState::System);
                 self.space.wake(SpaceId::OWN, place);
             }

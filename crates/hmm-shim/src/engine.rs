@@ -12,6 +12,7 @@ use hmm::{ByteCount, Hmm, PageCount, SoftwareDevice, SoftwareOptions};
 
 use crate::errno::Errno;
 use crate::files::{self, FIRST_COHERENT, UNITS};
+use crate::references;
 use crate::times;
 
 /// Pages that are copied between device and program at a time: few enough that
@@ -91,6 +92,7 @@ pub(crate) fn open(unit: usize) -> Result<(), Errno> {
     }
     let engine: &'static Engine = Box::leak(Box::new(start().map_err(refused)?));
     *slot = Some(engine);
+    references::opened(engine);
     add_unit(engine, unit).map_err(refused)
 }
 

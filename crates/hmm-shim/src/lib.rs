@@ -40,6 +40,7 @@ mod files;
 mod heap;
 mod pagemap;
 mod real;
+mod references;
 mod status;
 mod times;
 mod uapi;

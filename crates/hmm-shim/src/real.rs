@@ -90,6 +90,10 @@ next! {
     close(fd: c_int) -> c_int;
     /// close_range(2).
     close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int;
+    /// vmsplice(2).
+    vmsplice(fd: c_int, parts: *const libc::iovec, count: usize, flags: c_uint) -> isize;
+    /// setsockopt(2).
+    setsockopt(socket: c_int, level: c_int, option: c_int, value: *const c_void, len: libc::socklen_t) -> c_int;
     /// closefrom(3).
     closefrom(first: c_int) -> ();
     /// dup2(2).

@@ -399,6 +399,49 @@ fn system_calls_work_on_what_is_on_a_device() {
     });
 }
 
+/// A pipe holds pages by reference, which nobody can see. The library knows the
+/// call: the pages keep what they had when they left.
+#[test]
+fn a_pipe_keeps_what_was_spliced_into_it() {
+    under_shim("a_pipe_keeps_what_was_spliced_into_it", || {
+        for open_first in [true, false] {
+            let first = open_first.then(|| device(0));
+            let (area, other) = (Area::new(16), Area::new(16));
+            let (mirror, into) = (Area::new(16), Area::new(16));
+            area.fill(4);
+            let mut ends = [0; 2];
+            // SAFETY: two descriptors, given to owners at once.
+            let [output, input] = unsafe {
+                assert_eq!(libc::pipe(ends.as_mut_ptr()), 0);
+                ends.map(|end| OwnedFd::from_raw_fd(end))
+            };
+            let part = libc::iovec {
+                iov_base: area.start.cast(),
+                iov_len: area.pages * PAGE,
+            };
+            // SAFETY: the area outlives what the pipe holds.
+            let held = unsafe { libc::vmsplice(input.as_raw_fd(), &raw const part, 1, 0) };
+            assert_eq!(held, (area.pages * PAGE) as isize);
+            let fd = first.unwrap_or_else(|| device(0));
+            assert_eq!(ask(&fd, TO_DEVICE, &area, &mirror), Ok((16, 0)));
+            for round in 5..9 {
+                other.fill(round);
+                assert_eq!(ask(&fd, TO_DEVICE, &other, &mirror), Ok((16, 0)));
+                ask(&fd, TO_SYSTEM, &other, &mirror).unwrap();
+                other.check(round);
+            }
+            // SAFETY: the buffer is as long as said.
+            let got = unsafe {
+                let to = into.start.cast();
+                libc::read(output.as_raw_fd(), to, into.pages * PAGE)
+            };
+            assert_eq!(got, (into.pages * PAGE) as isize);
+            into.check(4);
+            area.check(4);
+        }
+    });
+}
+
 /// A device file as the program finds it, without opening it or opened.
 #[test]
 fn a_device_file_looks_like_one() {

@@ -132,6 +132,7 @@ impl SimConfig {
                 readahead: rng.one_in(2),
                 staging_limit: PageCount::new(rng.below(1024)).bytes(),
                 copy_at_most: PageCount::new(rng.below(9)),
+                reuse_pages: !rng.one_in(4),
             },
         }
     }

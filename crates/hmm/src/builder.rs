@@ -81,6 +81,18 @@ impl Builder {
         self
     }
 
+    /// Whether pages that have left the program are used to bring others home.
+    /// That is much faster. But the kernel may hold such a page by a reference
+    /// that nobody can see, for a pipe after vmsplice(2) or for a socket with
+    /// `MSG_ZEROCOPY`, and would then give other data. Say `false` if the program
+    /// migrates buffers that it has handed over in these ways and that are not
+    /// consumed yet. Default: true.
+    #[must_use]
+    pub const fn reuse_pages(mut self, reuse: bool) -> Self {
+        self.settings.reuse_pages = reuse;
+        self
+    }
+
     /// Pages that come home by copying even when they could be moved. Default: 4.
     #[must_use]
     pub const fn copy_at_most(mut self, pages: PageCount) -> Self {

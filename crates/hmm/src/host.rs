@@ -462,6 +462,21 @@ impl Hmm {
         Ok(Residency::new(range, pages))
     }
 
+    /// From now on pages that leave the program bring no others home, as if
+    /// [`Builder::reuse_pages`](crate::Builder::reuse_pages) had been set to
+    /// `false`. To be called before a buffer is handed over by vmsplice(2) or with
+    /// `MSG_ZEROCOPY` for the first time.
+    ///
+    /// ```no_run
+    /// # let hmm = hmm::Hmm::open()?;
+    /// hmm.stop_reusing_pages();
+    /// // setsockopt(socket, SOL_SOCKET, SO_ZEROCOPY, ...)
+    /// # Ok::<(), hmm::Error>(())
+    /// ```
+    pub fn stop_reusing_pages(&self) {
+        self.host().engine.stop_reusing_pages();
+    }
+
     /// What happened so far, in numbers.
     #[must_use]
     pub fn statistics(&self) -> StatsSnapshot {

@@ -52,8 +52,8 @@ fn vmsplice_gives_what_is_on_the_device() {
 
 /// Migrates what a pipe holds. Returns the report of that, and what the pipe
 /// gives after other memory has come and gone.
-fn migrate_what_a_pipe_holds(flags: u32) -> (Report, Map, Map) {
-    let (hmm, device) = engine(16);
+fn migrate_what_a_pipe_holds(flags: u32, builder: Builder) -> (Report, Map, Map) {
+    let (hmm, device) = engine_of(builder, 16);
     let (map, into, other) = (Map::new(PIPE_PAGES), Map::new(PIPE_PAGES), Map::new(512));
     map.fill(80);
     let (output, input) = pipe();
@@ -81,12 +81,12 @@ fn migrate_what_a_pipe_holds(flags: u32) -> (Report, Map, Map) {
     (report, map, into)
 }
 
-/// What a pipe gives then is not promised (docs/limits.md); the memory is.
+/// What a pipe gives then is not promised if pages are used again; the memory is.
 #[test]
 fn memory_that_a_pipe_holds_is_right_wherever_it_goes() {
     let _dog = watchdog("memory_that_a_pipe_holds_is_right_wherever_it_goes", 60);
     for flags in [0, libc::SPLICE_F_GIFT] {
-        let (report, map, into) = migrate_what_a_pipe_holds(flags);
+        let (report, map, into) = migrate_what_a_pipe_holds(flags, Hmm::builder());
         let wrong = into.wrong(0, PIPE_PAGES, 80);
         println!("flags {flags}: {report}; first wrong word in the pipe: {wrong:?}");
         map.check(80);
@@ -94,11 +94,11 @@ fn memory_that_a_pipe_holds_is_right_wherever_it_goes() {
 }
 
 #[test]
-#[ignore = "a limit: a pipe holds its pages by reference only (docs/limits.md)"]
 fn a_pipe_gives_what_was_spliced_although_it_moved() {
     let _dog = watchdog("a_pipe_gives_what_was_spliced_although_it_moved", 60);
     for flags in [0, libc::SPLICE_F_GIFT] {
-        let (report, _map, into) = migrate_what_a_pipe_holds(flags);
+        let builder = Hmm::builder().reuse_pages(false);
+        let (report, _map, into) = migrate_what_a_pipe_holds(flags, builder);
         assert_eq!(
             into.wrong(0, PIPE_PAGES, 80),
             None,
@@ -227,10 +227,11 @@ fn sending_without_a_copy_finds_what_is_on_the_device() {
 /// The sender must not change the memory until it hears that all was sent; it
 /// does not. But the engine moves it.
 #[test]
-#[ignore = "a limit: a socket holds its pages by reference only (docs/limits.md)"]
 fn what_is_sent_without_a_copy_arrives_although_it_moves() {
     let _dog = watchdog("what_is_sent_without_a_copy_arrives_although_it_moves", 60);
-    let (hmm, device) = engine(16);
+    let (hmm, device) = engine_of(Hmm::builder(), 16);
+    // Known only now that there is such a socket.
+    hmm.stop_reusing_pages();
     match zerocopy_round(&hmm, &device, true) {
         Ok(right) => assert!(right, "the receiver got something else"),
         Err(error) if code(&error) == libc::EFAULT => panic!("MSG_ZEROCOPY: {error}"),

@@ -24,11 +24,11 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{
-    HUGE, Map, PAGE, Rng, WORDS, adds_up, all_free, engine, fetch, fork, nothing_staged, on_device,
-    pattern, send, wait, watchdog,
+    HUGE, Map, PAGE, Rng, WORDS, adds_up, all_free, engine, engine_of, fetch, fork, nothing_staged,
+    on_device, pattern, send, wait, watchdog,
 };
 use direct::*;
-use hmm::{Hmm, PageRange, Pointer, Report, SoftwareDevice, StayReason};
+use hmm::{Builder, Hmm, PageRange, Pointer, Report, SoftwareDevice, StayReason};
 use moving::*;
 use peer::*;
 use pipes::*;
