@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering::{Relaxed, Release};
 
 use hmm_hal::{DeviceError, SpaceId, Stop, Transfer};
 use hmm_mem::Vec;
-use hmm_types::{DeviceId, FrameId, FrameRange, PageCount, PageRange, VirtAddr};
+use hmm_types::{DeviceId, FrameId, FrameRange, PAGES_PER_BLOCK, PageCount, PageRange, VirtAddr};
 
 use crate::engine::{COPY_LIMIT, Engine};
 use crate::executor::{BOUNCE_LEN, Executor};
@@ -24,6 +24,10 @@ use crate::staging::StagingPage;
 struct Owed {
     page: VirtAddr,
     source: Source,
+    /// A part of a huge page of hugetlbfs, which is given as a whole.
+    hugetlb: bool,
+    /// The page was being dropped: the child's page table may have it.
+    perhaps_there: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +76,7 @@ impl Engine<'_> {
     pub(crate) fn fork(&self, map: &mut SpaceMap, space: SpaceId) {
         let mut owed = hmm_mem::vec();
         for piece in map.pieces() {
+            let hugetlb = map.block(piece.block).is_hugetlb();
             let mut inner = map.block(piece.block).lock();
             inner.clear_coherent();
             if inner.away() == 0 && inner.in_flight() == 0 {
@@ -83,8 +88,12 @@ impl Engine<'_> {
                 if inner.entry(index).doomed() {
                     continue;
                 }
-                let source = match inner.state(index) {
-                    // One that is being dropped may be there in the child, or not.
+                let state = inner.state(index);
+                let perhaps_there = matches!(
+                    state,
+                    PageState::Dropping { .. } | PageState::Dropped { .. }
+                );
+                let source = match state {
                     PageState::Device { device, frame }
                     | PageState::Dropping { device, frame }
                     | PageState::Dropped { device, frame }
@@ -102,7 +111,12 @@ impl Engine<'_> {
                     | PageState::Copying
                     | PageState::Uploading { source: None } => continue,
                 };
-                owed.push(Owed { page, source });
+                owed.push(Owed {
+                    page,
+                    source,
+                    hugetlb,
+                    perhaps_there,
+                });
             }
         }
         if !owed.is_empty() {
@@ -265,6 +279,11 @@ impl Engine<'_> {
             let mut children = self.children.lock();
             let child = children.get(space)?;
             let from = child.position(start);
+            let first = child.owed.get(from)?;
+            if first.hugetlb && first.page == start {
+                drop(children);
+                return Some(self.give_huge_page(executor, space, start.block_floor()));
+            }
             for (slot, owed) in run.iter_mut().zip(&child.owed[from..]) {
                 if owed.page != start.plus_pages(len) {
                     break;
@@ -301,6 +320,102 @@ impl Engine<'_> {
         }
         run.into_iter().flatten().for_each(|owed| self.settle(owed));
         Some(readable.max(1) as u64)
+    }
+
+    /// Gives a child a whole page of hugetlbfs. Returns how many pages are owed
+    /// no more.
+    fn give_huge_page(&self, executor: &mut Executor, space: SpaceId, start: VirtAddr) -> u64 {
+        let page = PageRange::from_pages(start, PageCount::from(PAGES_PER_BLOCK));
+        let room = self.rooms.take();
+        let (Some(room), Some(owed)) = (room, self.hold_owed(space, page)) else {
+            // All rooms are taken, or the child has changed something: who waits
+            // looks again.
+            self.space.relax();
+            return 0;
+        };
+        let readable = owed
+            .iter()
+            .zip(0..)
+            .all(|(owed, index)| self.read_owed(owed, room.start().plus_pages(index)).is_ok());
+        let from = readable.then_some(room.start());
+        let mut attempt = 0;
+        let given = loop {
+            match self.place_huge_page(space, page, &owed, from) {
+                Some(given) => break given,
+                None if self.wait_for_events(executor, attempt) => attempt += 1,
+                None => break 0,
+            }
+        };
+        owed.into_iter().for_each(|owed| self.settle(owed));
+        given
+    }
+
+    /// What a child is owed of a huge page, with frames that stay while they are
+    /// read. Nothing, unless it is all of it.
+    fn hold_owed(&self, space: SpaceId, page: PageRange) -> Option<Vec<Owed>> {
+        let mut children = self.children.lock();
+        let child = children.get(space)?;
+        let within = child.within(page);
+        if within.len() != PAGES_PER_BLOCK {
+            return None;
+        }
+        let mut held = hmm_mem::vec_with_capacity(PAGES_PER_BLOCK);
+        for owed in &child.owed[within] {
+            let Source::Frame { device, frame } = owed.source else {
+                unreachable!("pages of hugetlbfs are never in staging");
+            };
+            if !self.devices.slot(device).share(frame) {
+                held.into_iter().for_each(|owed| self.settle(owed));
+                return None;
+            }
+            held.push(*owed);
+        }
+        Some(held)
+    }
+
+    /// Places a huge page in a child from memory that holds it, or as lost, if it
+    /// is still owed as it was. `None` when one of the child's events must be read
+    /// first. Under the gate, as [`Engine::place_in_child`].
+    fn place_huge_page(
+        &self,
+        space: SpaceId,
+        page: PageRange,
+        held: &[Owed],
+        from: Option<VirtAddr>,
+    ) -> Option<u64> {
+        let _gate = self.gate.read();
+        let mut children = self.children.lock();
+        let Some(child) = children.get(space) else {
+            return Some(0);
+        };
+        let owed = child.within(page);
+        if child.owed[owed.clone()] != *held {
+            return Some(0);
+        }
+        let (progress, counter) = match from {
+            Some(from) => (
+                self.space.copy_pages(space, from, page),
+                &self.stats.child_pages,
+            ),
+            None => (self.space.poison_pages(space, page), &self.stats.lost_pages),
+        };
+        match progress.stop {
+            Some(Stop::Again | Stop::NoMemory) => return None,
+            // Also what hugetlbfs says when its pool is empty; the child has the
+            // page only if it forked while the page was being dropped.
+            Some(Stop::Exists) if held.iter().all(|owed| !owed.perhaps_there) => return None,
+            Some(Stop::Incompatible) => panic!(
+                "{page} cannot be given to a forked child; zeros in its place would be wrong data"
+            ),
+            _ => {}
+        }
+        self.space.wake(space, page);
+        let given = held.len() as u64;
+        counter.fetch_add(given, Relaxed);
+        for owed in child.owed.drain(owed) {
+            self.settle(owed);
+        }
+        Some(given)
     }
 
     /// Reads a frame into bounce memory, several times if need be.
@@ -433,7 +548,7 @@ impl Engine<'_> {
                 }
             };
             if let Some((space, start)) = next {
-                given += self.give_run(executor, space, start).unwrap_or(1);
+                given += self.give_run(executor, space, start).unwrap_or(1).max(1);
             }
         }
         false

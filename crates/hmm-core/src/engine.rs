@@ -11,6 +11,7 @@ use crate::ahead::Ahead;
 use crate::children::Children;
 use crate::devices::Devices;
 use crate::executor::Executor;
+use crate::hugetlb::Rooms;
 use crate::map::SpaceMap;
 use crate::mirror::Notifiers;
 use crate::readahead::{CPU_WINDOW, DEVICE_WINDOW, Readahead};
@@ -100,6 +101,7 @@ pub struct Engine<'env> {
     pub(crate) device_readahead: Readahead,
     /// What read-ahead planned for a CPU and handlers have not brought yet.
     pub(crate) ahead: Ahead,
+    pub(crate) rooms: Rooms,
     /// See [`Settings::reuse_pages`].
     reuses_pages: AtomicBool,
     pub(crate) stats: Statistics,
@@ -154,6 +156,7 @@ impl<'env> Engine<'env> {
                 settings.readahead,
             ),
             ahead: Ahead::new(),
+            rooms: Rooms::new(),
             reuses_pages: AtomicBool::new(settings.reuse_pages),
             stats: Statistics::new(),
             uses: AtomicU64::new(1),

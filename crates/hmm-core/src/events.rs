@@ -158,7 +158,10 @@ impl Engine<'_> {
         let known: PageCount = map.overlapping(range).map(|p| p.range().pages()).sum();
         if known < range.pages() {
             self.space.registered(range, &mut |part| {
-                assert!(map.insert(part), "more mappings than the engine can watch");
+                assert!(
+                    map.insert(part, false),
+                    "more mappings than the engine can watch"
+                );
             });
         }
         for piece in map.overlapping(range) {

@@ -22,11 +22,19 @@ use hmm_types::{
 };
 
 use crate::engine::{AGAIN_LIMIT, Engine};
-use crate::executor::{BOUNCE_PAGES, Executor};
+use crate::executor::{BOUNCE_LEN, BOUNCE_PAGES, Executor};
 use crate::home::run_transfers;
 use crate::page::PageState;
 use crate::staging::PageSet;
 use crate::upload::{Fate, Flight, Passed, Target};
+
+/// Parts of a run that fit into bounce memory.
+fn chunks((first, pages, data): (u32, u32, bool)) -> impl Iterator<Item = (u32, u32, bool)> {
+    (0..pages).step_by(BOUNCE_LEN).map(move |from| {
+        let fits = (from..pages).take(BOUNCE_LEN).len();
+        (first + from, u32::try_from(fits).unwrap_or(1), data)
+    })
+}
 
 impl Engine<'_> {
     /// One step with the first pages of `range`, which lies in one block.
@@ -40,8 +48,17 @@ impl Engine<'_> {
             return Passed::new(range.pages().get(), Fate::Stayed(StayReason::Limit));
         }
         let slot = self.devices.slot(target.device);
-        let want = range.pages().get().min(BOUNCE_PAGES);
+        let whole = range.pages().index() == PAGES_PER_BLOCK && self.is_hugetlb(range.start());
+        let want = if whole {
+            PAGES_PER_BLOCK as u64
+        } else {
+            range.pages().get().min(BOUNCE_PAGES)
+        };
         let frames = match slot.device.allocate(PageCount::new(want)) {
+            Ok(frames) if whole && u64::from(frames.count()) < want => {
+                slot.device.free(frames);
+                return Passed::new(1, Fate::Stayed(StayReason::NoDeviceMemory));
+            }
             Ok(frames) => frames,
             Err(DeviceError::OutOfMemory) => {
                 return Passed::new(1, Fate::Stayed(StayReason::NoDeviceMemory));
@@ -72,7 +89,7 @@ impl Engine<'_> {
                     self.stats
                         .fallback_pages
                         .fetch_add(u64::from(flight.pages), Relaxed);
-                    self.commit_out(&flight, frames, target, false)
+                    self.commit_out(&flight, frames, target, whole)
                 }
                 Err(dropped) => {
                     self.release_protected(executor, &flight, place, frames, target, dropped);
@@ -98,7 +115,8 @@ impl Engine<'_> {
         let Some(piece) = map.find(range.start()) else {
             return Err(stayed(StayReason::Raced));
         };
-        let mut inner = map.block(piece.block).lock();
+        let block = map.block(piece.block);
+        let mut inner = block.lock();
         let inner = &mut *inner;
         let most = piece
             .pages
@@ -107,7 +125,7 @@ impl Engine<'_> {
         let here = (0..most)
             .take_while(|&offset| inner.state(piece.first + offset) == PageState::System)
             .count();
-        if here == 0 {
+        if here == 0 || (block.is_hugetlb() && here < PAGES_PER_BLOCK) {
             let fate = match inner.state(piece.first) {
                 PageState::Discarded => Fate::Stayed(StayReason::Discarded),
                 _ => Fate::Busy,
@@ -115,26 +133,28 @@ impl Engine<'_> {
             return Err(Some(Passed::new(1, fate)));
         }
         let range = piece.range().slice(0, here as u64);
-        let progress = self.space.write_protect(range, true);
-        match progress.stop {
-            None => {}
-            Some(Stop::Again) => return Err(None),
-            Some(_) => return Err(stayed(StayReason::Limit)),
+        let protect = |on| match self.space.write_protect(range, on).stop {
+            None => Ok(()),
+            Some(Stop::Again) => Err(None),
+            Some(_) => Err(stayed(StayReason::Limit)),
+        };
+        // In hugetlbfs a protection outlives the page, and such a hole looks like a
+        // page. Without one it does not, and who fills it waits for this block.
+        let mut hole = false;
+        if block.is_hugetlb() {
+            protect(false)?;
+            hole = self
+                .present_pages(range)
+                .is_some_and(|present| present.is_empty());
+        }
+        if !hole {
+            protect(true)?;
         }
         // Looked at under write protection: a page that is there stays as it is.
-        let mut present = PageSet::EMPTY;
-        let scan = self.space.presence(range, &mut |span, presence| {
-            if matches!(presence, Presence::Present { .. }) {
-                let from = span.start().pages_since(range.start());
-                for page in from..from + span.pages().get() {
-                    present.insert(PageCount::new(page).index());
-                }
-            }
-        });
-        if scan.is_err() {
+        let Some(present) = self.present_pages(range) else {
             let _ = self.space.write_protect(range, false);
             return Err(stayed(StayReason::Limit));
-        }
+        };
         if !self.space.is_quiet() {
             // What was seen may be somewhere else by now. A protection that
             // stays behind costs a fault.
@@ -156,6 +176,20 @@ impl Engine<'_> {
         Ok((flight, range))
     }
 
+    /// Which pages of a range are there. `None` when that cannot be read.
+    fn present_pages(&self, range: PageRange) -> Option<PageSet> {
+        let mut present = PageSet::EMPTY;
+        let scan = self.space.presence(range, &mut |span, presence| {
+            if matches!(presence, Presence::Present { .. }) {
+                let from = span.start().pages_since(range.start());
+                for page in from..from + span.pages().get() {
+                    present.insert(PageCount::new(page).index());
+                }
+            }
+        });
+        scan.ok().map(|()| present)
+    }
+
     fn copy_protected(
         &self,
         executor: &Executor,
@@ -165,31 +199,34 @@ impl Engine<'_> {
         device: DeviceId,
     ) -> Result<(), StayReason> {
         hmm_sync::assert_none_held();
-        let bounce = executor.bounce(u64::from(flight.pages));
-        for (first, pages, data) in flight.runs() {
+        let bounce = executor.bounce(u64::from(flight.pages).min(BOUNCE_PAGES));
+        for (first, pages, data) in flight.runs().flat_map(chunks) {
             if data {
                 let from = place.slice(u64::from(first), u64::from(pages));
-                let to = bounce.slice(u64::from(first), u64::from(pages)).start();
-                match self.space.read_pages(from, to).stop {
+                match self.space.read_pages(from, bounce.start()).stop {
                     None => {}
                     // Unmapped meanwhile, or marked as lost.
                     Some(Stop::NotMapped) => return Err(StayReason::CopyFailed),
                     Some(_) => return Err(StayReason::Raced),
                 }
             }
-        }
-        let transfers = flight.runs().map(|(first, pages, data)| {
             let frames = frames.slice(first, pages);
-            if data {
+            let transfer = if data {
                 Transfer::ToDevice {
-                    host: bounce.slice(u64::from(first), u64::from(pages)).start(),
+                    host: bounce.start(),
                     frames,
                 }
             } else {
                 Transfer::Zero { frames }
-            }
-        });
-        run_transfers(self.devices.slot(device).device, transfers).map_err(|error| {
+            };
+            self.transfer(device, transfer)?;
+        }
+        Ok(())
+    }
+
+    fn transfer(&self, device: DeviceId, transfer: Transfer) -> Result<(), StayReason> {
+        let device = self.devices.slot(device).device;
+        run_transfers(device, std::iter::once(transfer)).map_err(|error| {
             self.stats.copy_failures.fetch_add(1, Relaxed);
             match error {
                 DeviceError::Lost => StayReason::DeviceLost,

@@ -126,7 +126,7 @@ impl Engine<'_> {
             }
             PageState::Device { .. } | PageState::Staged { .. } => {
                 let block_start = piece.start.block_floor();
-                let whole = inner.huge
+                let whole = (inner.huge || block.is_hugetlb())
                     && block.place_of(0, 512).is_some_and(|place| {
                         place.start() == block_start && place.pages().get() == 512
                     });

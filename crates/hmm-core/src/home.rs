@@ -25,6 +25,8 @@ use crate::map::{BlockId, BlockInner};
 use crate::page::PageState;
 use crate::staging::{SlotKind, StagingPage, StagingRun};
 
+/// How often a huge page that the kernel has no memory for is tried at a time.
+const NO_PAGE_LIMIT: u32 = 64;
 /// Transfers handed to a device at a time.
 pub(crate) const TRANSFERS: usize = 32;
 
@@ -39,6 +41,18 @@ pub(crate) struct Step {
     pub(crate) busy: u64,
     /// Pages that could not come, and why.
     pub(crate) stuck: Option<(PageRange, StayReason)>,
+}
+
+impl Step {
+    /// Pages could not come. One range is told: of several, the last.
+    fn stays(&mut self, range: PageRange, reason: StayReason) {
+        self.stuck = Some(match self.stuck {
+            Some((stuck, reason)) if stuck.end() == range.start() => {
+                (PageRange::span(stuck.start(), range.end()), reason)
+            }
+            _ => (range, reason),
+        });
+    }
 }
 
 /// How a step is to be done.
@@ -160,6 +174,9 @@ struct Claim {
     device: DeviceId,
     frames: [FrameId; PAGES_PER_BLOCK],
     huge: bool,
+    /// Pages of a huge page of hugetlbfs that the caller has asked about; all of
+    /// it comes.
+    part_of_hugetlb: Option<u32>,
 }
 
 impl Claim {
@@ -287,19 +304,47 @@ impl Engine<'_> {
                 Claimed::Pages(claim) => break claim,
             }
         };
+        let room = claim.part_of_hugetlb.and_then(|_| self.rooms.take());
         let mut done = 0;
         while done < claim.pages {
-            let landing = self.landing(executor, &claim, claim.pages - done);
+            let landing = match &room {
+                Some(room) => Landing::Bounce(room.start(), claim.pages),
+                None if claim.part_of_hugetlb.is_some() => {
+                    // All rooms are taken: another time.
+                    self.settle_home(&claim, 0, claim.pages);
+                    step.busy += u64::from(claim.pages);
+                    break;
+                }
+                None => self.landing(executor, &claim, claim.pages - done),
+            };
             match self.copy_home(&claim, done, landing) {
-                Ok(()) => step.moved += self.commit_home(executor, &claim, done, landing),
+                Ok(()) => {
+                    let (moved, given_up) = self.commit_home(executor, &claim, done, landing);
+                    step.moved += moved;
+                    if let Some((pages, reason)) = given_up {
+                        let end = done + landing.pages();
+                        let (from, pages) = match claim.part_of_hugetlb {
+                            Some(asked) => (0, asked),
+                            None => (end - pages, pages),
+                        };
+                        let first = step.passed + u64::from(from);
+                        step.stays(range.slice(first, u64::from(pages)), reason);
+                    }
+                }
                 Err(error) => {
                     self.copy_home_failed(&claim, done, landing, error, home.poisons, &mut step);
                 }
             }
             done += landing.pages();
         }
-        step.passed += u64::from(claim.pages);
         self.stats.pages_to_system.fetch_add(step.moved, Relaxed);
+        step.passed += u64::from(claim.part_of_hugetlb.unwrap_or(claim.pages));
+        if let Some(asked) = claim.part_of_hugetlb {
+            if step.moved == u64::from(claim.pages) {
+                self.stats.huge_pages.fetch_add(step.moved, Relaxed);
+            }
+            step.moved = step.moved.min(asked.into());
+        }
         self.transition_ended();
         step
     }
@@ -315,6 +360,8 @@ impl Engine<'_> {
         };
         step.passed = piece.start.pages_since(range.start());
         let block = map.block(piece.block);
+        let asked = piece.pages;
+        let piece = map.undivided(piece);
         let mut inner = block.lock();
         let inner = &mut *inner;
         let wanted = |state| match state {
@@ -325,7 +372,25 @@ impl Engine<'_> {
         };
         let nothing_away = inner.away() == 0 && inner.in_flight() == 0;
         if nothing_away || home.unless.is_true_of(inner) {
-            step.passed += u64::from(piece.pages);
+            step.passed += u64::from(asked);
+            return Claimed::Nothing;
+        }
+        let whole = |index| match inner.state(index) {
+            PageState::Device { device, .. } => {
+                matches!(inner.state(0), PageState::Device { device: on, .. } if on == device)
+                    && wanted(inner.state(index))
+            }
+            _ => false,
+        };
+        if block.is_hugetlb() && !(0..BLOCK_PAGES).all(whole) {
+            // One of its pages gets a frame of its own just now, or all are on
+            // their way.
+            if inner.in_flight() == 0 {
+                step.passed += u64::from(asked);
+            } else if !home.stops_at_flights {
+                step.busy += u64::from(asked);
+                step.passed += u64::from(asked);
+            }
             return Claimed::Nothing;
         }
         let end = piece.first + piece.pages;
@@ -358,7 +423,8 @@ impl Engine<'_> {
             pages: 0,
             device,
             frames: [FrameId::new(0); PAGES_PER_BLOCK],
-            huge,
+            huge: huge && !block.is_hugetlb(),
+            part_of_hugetlb: block.is_hugetlb().then_some(asked),
         };
         while index < end {
             let PageState::Device { device: on, frame } = inner.state(index) else {
@@ -478,17 +544,18 @@ impl Engine<'_> {
         result
     }
 
-    /// Puts copied pages in place. Returns how many are home; the others were
-    /// removed by the program, or rest on the device because the way was
-    /// blocked too often.
+    /// Puts copied pages in place. Returns how many are home, and how many of the
+    /// last ones rest on the device because the way was blocked too often, and by
+    /// what. Others were removed by the program.
     fn commit_home(
         &self,
         executor: &mut Executor,
         claim: &Claim,
         from: u32,
         landing: Landing,
-    ) -> u64 {
+    ) -> (u64, Option<(u32, StayReason)>) {
         let mut moved = 0;
+        let mut given_up = None;
         let mut offset = 0;
         let mut attempt = 0;
         while offset < landing.pages() {
@@ -501,17 +568,26 @@ impl Engine<'_> {
                 None => {}
                 // Exit of the process: nobody will look at the page again.
                 Some(Stop::Gone) => {
-                    self.settle_home(claim, from, landing, &mut offset);
+                    self.give_up(claim, from, landing, &mut offset);
                 }
-                Some(_) => {
-                    if !self.wait_for_events(executor, attempt) {
-                        self.settle_home(claim, from, landing, &mut offset);
+                Some(stop) => {
+                    // A pool of huge pages that is empty may stay so for long.
+                    let hopeless = stop == Stop::NoMemory
+                        && claim.part_of_hugetlb.is_some()
+                        && attempt >= NO_PAGE_LIMIT;
+                    if hopeless || !self.wait_for_events(executor, attempt) {
+                        let reason = match stop {
+                            Stop::NoMemory => StayReason::NoSystemMemory,
+                            _ => StayReason::Busy,
+                        };
+                        given_up = Some((landing.pages() - offset, reason));
+                        self.give_up(claim, from, landing, &mut offset);
                     }
                     attempt += 1;
                 }
             }
         }
-        moved
+        (moved, given_up)
     }
 
     /// Places the next run that lies together: what was placed, to be woken
@@ -622,21 +698,24 @@ impl Engine<'_> {
     }
 
     /// Gives the rest of a landing up: the pages rest on the device.
-    fn settle_home(&self, claim: &Claim, from: u32, landing: Landing, offset: &mut u32) {
-        let map = self.gate.read();
-        let block = map.block(claim.block);
-        let mut inner = block.lock();
+    fn give_up(&self, claim: &Claim, from: u32, landing: Landing, offset: &mut u32) {
+        self.settle_home(claim, from + *offset, landing.pages() - *offset);
         while *offset < landing.pages() {
-            self.settle_page(
-                &mut inner,
-                claim,
-                from + *offset,
-                block.place_of(claim.first + from + *offset, 1),
-            );
             if let Some(staging) = landing.staging_page(*offset) {
                 self.staging.lock().put(staging, true);
             }
             *offset += 1;
+        }
+    }
+
+    /// Pages of a claim rest on the device.
+    fn settle_home(&self, claim: &Claim, from: u32, pages: u32) {
+        let map = self.gate.read();
+        let block = map.block(claim.block);
+        let mut inner = block.lock();
+        for page in from..from + pages {
+            let place = block.place_of(claim.first + page, 1);
+            self.settle_page(&mut inner, claim, page, place);
         }
     }
 
@@ -689,6 +768,15 @@ impl Engine<'_> {
         let block = map.block(claim.block);
         let mut inner = block.lock();
         let inner = &mut *inner;
+        // There is no less than a whole page of hugetlbfs.
+        let whole = claim
+            .part_of_hugetlb
+            .and_then(|_| block.place_of(claim.first, claim.pages));
+        let all_poisoned = whole.is_some_and(|whole| {
+            whole.iter_pages().any(|page| poisons.includes(page))
+                && !inner.entry(claim.first).doomed()
+                && self.poison(whole, error)
+        });
         for offset in 0..landing.pages() {
             let index = claim.first + from + offset;
             let place = block.place_of(index, 1);
@@ -697,9 +785,11 @@ impl Engine<'_> {
             }
             match place {
                 Some(place)
-                    if poisons.includes(place.start())
-                        && !inner.entry(index).doomed()
-                        && self.poison(place, error) =>
+                    if all_poisoned
+                        || whole.is_none()
+                            && poisons.includes(place.start())
+                            && !inner.entry(index).doomed()
+                            && self.poison(place, error) =>
                 {
                     self.free_claimed(claim, from + offset);
                     let parked = inner.entry(index).parked();
@@ -715,12 +805,7 @@ impl Engine<'_> {
                             DeviceError::Lost => StayReason::DeviceLost,
                             _ => StayReason::CopyFailed,
                         };
-                        step.stuck = Some(match step.stuck {
-                            Some((stuck, reason)) if stuck.end() == place.start() => {
-                                (PageRange::span(stuck.start(), place.end()), reason)
-                            }
-                            _ => (place, reason),
-                        });
+                        step.stays(place, reason);
                     }
                 }
             }
@@ -732,7 +817,9 @@ impl Engine<'_> {
     fn poison(&self, place: PageRange, error: DeviceError) -> bool {
         match self.space.poison_pages(SpaceId::OWN, place).stop {
             None | Some(Stop::Gone) => {
-                self.stats.lost_pages.fetch_add(1, Relaxed);
+                self.stats
+                    .lost_pages
+                    .fetch_add(place.pages().get(), Relaxed);
                 true
             }
             Some(Stop::Again | Stop::NoMemory) => false,

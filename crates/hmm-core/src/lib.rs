@@ -46,6 +46,7 @@ mod executor;
 mod fallback;
 mod fault;
 mod home;
+mod hugetlb;
 mod map;
 mod migrate;
 mod mirror;

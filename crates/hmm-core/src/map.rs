@@ -213,11 +213,15 @@ pub(crate) struct Block {
     inner: Mutex<BlockInner>,
     /// Changed with the gate held for writing only.
     pieces: Vec<Piece>,
+    /// A page of hugetlbfs: nothing less than all of it leaves or comes home. It is
+    /// mapped as a whole, too.
+    hugetlb: bool,
 }
 
 impl Block {
-    fn new() -> Self {
+    fn new(hugetlb: bool) -> Self {
         Self {
+            hugetlb,
             inner: Mutex::new(
                 Rank::Block,
                 BlockInner {
@@ -242,6 +246,10 @@ impl Block {
 
     pub(crate) fn pieces(&self) -> &[Piece] {
         &self.pieces
+    }
+
+    pub(crate) const fn is_hugetlb(&self) -> bool {
+        self.hugetlb
     }
 
     /// Where the pages from `index` are mapped now, and how many of them
@@ -352,9 +360,21 @@ impl SpaceMap {
             .filter_map(move |piece| piece.cut(range))
     }
 
+    /// All of the page that a piece is a part of, as it comes home.
+    pub(crate) fn undivided(&self, piece: Piece) -> Piece {
+        if !self.block(piece.block).hugetlb {
+            return piece;
+        }
+        let start = piece.start.block_floor();
+        match self.find(start) {
+            Some(whole) if whole.pages == BLOCK_PAGES && whole.block == piece.block => whole,
+            _ => unreachable!("a huge page of hugetlbfs at {start} is in pieces"),
+        }
+    }
+
     /// Makes pieces for what of `range` has none. False, and nothing changed,
-    /// when there would be too many.
-    pub(crate) fn insert(&mut self, range: PageRange) -> bool {
+    /// when there would be too many. `hugetlb`: each block is one page.
+    pub(crate) fn insert(&mut self, range: PageRange, hugetlb: bool) -> bool {
         let spans = range.pages().index() / PAGES_PER_BLOCK + 2;
         if self.pieces.len() + spans > MAX_PIECES {
             return false;
@@ -373,7 +393,7 @@ impl SpaceMap {
             holes.push(PageRange::span(next, range.end()));
         }
         for span in holes.iter().flat_map(|hole| hole.blocks()) {
-            added.push(self.place(span));
+            added.push(self.place(span, hugetlb));
         }
         let merged = added.len() + self.pieces.len();
         self.pieces.extend_from_slice(&added);
@@ -384,7 +404,7 @@ impl SpaceMap {
 
     /// A block for pages that have none: the one of the same 2 MiB if its
     /// entries for them are unused, else a new one.
-    fn place(&mut self, span: PageRange) -> Piece {
+    fn place(&mut self, span: PageRange, hugetlb: bool) -> Piece {
         let base = span.start().block_floor();
         let first = to_u32(span.start().pages_since(base));
         let pages = to_u32(span.pages().get());
@@ -406,7 +426,7 @@ impl SpaceMap {
                 }
             })
             .map(|piece| piece.block);
-        let block = neighbour.unwrap_or_else(|| self.new_block());
+        let block = neighbour.unwrap_or_else(|| self.new_block(hugetlb));
         self.block(block).lock().kept = false;
         let piece = Piece {
             start: span.start(),
@@ -418,8 +438,8 @@ impl SpaceMap {
         piece
     }
 
-    fn new_block(&mut self) -> BlockId {
-        let block = Some(hmm_mem::boxed(Block::new()));
+    fn new_block(&mut self, hugetlb: bool) -> BlockId {
+        let block = Some(hmm_mem::boxed(Block::new(hugetlb)));
         if let Some(id) = self.free.pop() {
             self.blocks[id.0 as usize] = block;
             return id;
@@ -602,10 +622,10 @@ mod tests {
     #[test]
     fn registration_cuts_at_block_boundaries_and_keeps_what_is_there() {
         let mut map = SpaceMap::new();
-        assert!(map.insert(range(1000, 1000)));
+        assert!(map.insert(range(1000, 1000), false));
         map.check();
         assert_eq!(map.pieces().len(), 3);
-        assert!(map.insert(range(900, 1200)));
+        assert!(map.insert(range(900, 1200), false));
         map.check();
         // The pages around join the blocks that their 2 MiB already have.
         let covered: u64 = map
@@ -622,7 +642,7 @@ mod tests {
     #[test]
     fn a_moved_page_keeps_its_block_and_index() {
         let mut map = SpaceMap::new();
-        map.insert(range(512, 1024));
+        map.insert(range(512, 1024), false);
         let before = map.find(VirtAddr::new(700 * 4096)).unwrap();
         let taken = map.remove(range(600, 300), |_, _| {});
         map.insert_moved(
@@ -641,7 +661,7 @@ mod tests {
     #[test]
     fn a_hole_in_the_middle_leaves_both_sides() {
         let mut map = SpaceMap::new();
-        map.insert(range(512, 512));
+        map.insert(range(512, 512), false);
         let taken = map.remove(range(600, 10), |_, _| {});
         map.release_blocks(&taken);
         map.check();
@@ -653,17 +673,17 @@ mod tests {
     #[test]
     fn new_memory_at_an_old_address_is_another_block_while_the_old_is_in_flight() {
         let mut map = SpaceMap::new();
-        map.insert(range(512, 512));
+        map.insert(range(512, 512), false);
         let piece = map.find(VirtAddr::new(512 * 4096)).unwrap();
         map.block(piece.block).lock().set(0, PageState::Copying);
         let taken = map.remove(range(512, 512), |_, _| {});
         map.release_blocks(&taken);
-        map.insert(range(512, 512));
+        map.insert(range(512, 512), false);
         map.check();
         let again = map.find(VirtAddr::new(512 * 4096)).unwrap();
         assert_ne!(again.block, piece.block);
         map.block(piece.block).lock().set(0, PageState::System);
-        map.insert(range(2048, 1));
+        map.insert(range(2048, 1), false);
         assert_eq!(
             map.find(VirtAddr::new(2048 * 4096)).unwrap().block,
             piece.block

@@ -131,6 +131,9 @@ impl Engine<'_> {
             next = mapping.range.end();
             match Self::immovable(mapping).or_else(|| self.watch_mapping(executor, mapping)) {
                 Some(reason) => report.stay(mapping.range, reason),
+                None if self.is_coherent(device) && mapping.huge_pages => {
+                    report.stay(mapping.range, StayReason::HugeTlb);
+                }
                 None if self.is_coherent(device) => {
                     self.migrate_coherent(executor, mapping, device, report);
                 }
@@ -174,6 +177,7 @@ impl Engine<'_> {
             MemoryKind::PrivateAnonymous => {}
             MemoryKind::File => return Some(StayReason::FileBacked),
             MemoryKind::Shared => return Some(StayReason::Shared),
+            MemoryKind::HugeTlb if mapping.huge_pages => {}
             MemoryKind::HugeTlb => return Some(StayReason::HugeTlb),
             _ => return Some(StayReason::Special),
         }
@@ -190,7 +194,11 @@ impl Engine<'_> {
     ) {
         let target = Target::of(device, mapping);
         for span in mapping.range.blocks() {
-            self.migrate_span(executor, span, target, keep, report);
+            if mapping.huge_pages {
+                self.migrate_huge_page(executor, span, target, keep, report);
+            } else {
+                self.migrate_span(executor, span, target, keep, report);
+            }
         }
     }
 
@@ -412,6 +420,7 @@ impl Engine<'_> {
             }
             next = mapping.range.end();
             let reason = Self::immovable(mapping)
+                .or(mapping.huge_pages.then_some(StayReason::HugeTlb))
                 .or((!mapping.permissions.write).then_some(StayReason::NoAccess))
                 .or_else(|| self.watch_mapping(executor, mapping));
             if let Some(reason) = reason {

@@ -188,7 +188,7 @@ impl Engine<'_> {
     }
 
     /// The first pages of a range if they are not in system memory.
-    fn passes_over(&self, range: PageRange, device: DeviceId) -> Option<Passed> {
+    pub(crate) fn passes_over(&self, range: PageRange, device: DeviceId) -> Option<Passed> {
         let map = self.gate.read();
         let Some(piece) = map.find(range.start()) else {
             return Some(Passed::new(1, Fate::Stayed(StayReason::Raced)));

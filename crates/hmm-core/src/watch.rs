@@ -25,6 +25,9 @@ impl Engine<'_> {
         let Some(_departure) = self.depart() else {
             return Some(StayReason::Cancelled);
         };
+        if mapping.huge_pages && !self.rooms.prepare() {
+            return Some(StayReason::NoSystemMemory);
+        }
         for _ in 0..TRIES {
             let Some(mut map) = self.gate_when_quiet(executor) else {
                 return Some(StayReason::Busy);
@@ -74,7 +77,7 @@ impl Engine<'_> {
         // Still the memory that was judged, and not a part of another mapping,
         // which would be split now?
         let same = self.adjoined(range) == adjoined && self.mapping_that_is(judged).is_some();
-        if same && map.insert(range) {
+        if same && map.insert(range, judged.huge_pages) {
             return Ok(true);
         }
         // Nothing of it has left yet: only what was registered before stays so.
@@ -100,7 +103,10 @@ impl Engine<'_> {
         let mappings = self.mappings_of(judged.range)?;
         let first = mappings.first()?;
         let same = mappings.iter().all(|now| {
-            now.kind == judged.kind && now.whole == first.whole && Self::immovable(now).is_none()
+            now.kind == judged.kind
+                && now.huge_pages == judged.huge_pages
+                && now.whole == first.whole
+                && Self::immovable(now).is_none()
         });
         (same && first.whole.encloses(judged.range)).then_some(first.whole)
     }

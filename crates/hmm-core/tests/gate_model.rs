@@ -131,6 +131,7 @@ impl AddressSpace for Space {
             && self.0.lock().unwrap().mapped
         {
             visit(Mapping {
+                huge_pages: false,
                 range,
                 whole: app(),
                 kind: MemoryKind::PrivateAnonymous,

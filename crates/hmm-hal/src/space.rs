@@ -41,6 +41,9 @@ pub struct Mapping {
     pub whole: PageRange,
     /// What backs it.
     pub kind: MemoryKind,
+    /// Memory of hugetlbfs that only this process has, in pages of 2 MiB that can
+    /// be write-protected, dropped and put back as a whole.
+    pub huge_pages: bool,
     /// What it allows now.
     pub permissions: Permissions,
     /// Whether it is memory of the engine itself, or a loaded program's.

@@ -18,6 +18,8 @@ pub struct Pages {
 // SAFETY: the value is an address and a size; the memory behind it is only used
 // through raw pointers, by whoever owns the value.
 unsafe impl Send for Pages {}
+// SAFETY: as above; who shares the value can read the address and no more.
+unsafe impl Sync for Pages {}
 
 impl Pages {
     /// Takes `count` zeroed pages, populated. `None` when the arena is full.

@@ -6,13 +6,17 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
-use hmm_types::{MemoryKind, PAGE_SIZE, PageRange, Permissions, VirtAddr};
+use hmm_types::{BLOCK_SIZE, MemoryKind, PAGE_SIZE, PageRange, Permissions, VirtAddr};
 use linux_raw_sys::general::procmap_query_flags as flag;
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::{Errno, Result};
 
 use crate::abi;
 use crate::text::{Lines, decimal, hex};
+
+/// The name of memory that was mapped with MAP_HUGETLB. A private mapping of a
+/// file on hugetlbfs is another thing: what is dropped there reads as the file.
+const ANONYMOUS_HUGE: &[u8] = b"/anon_hugepage";
 
 /// One mapping of the kernel's map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +26,9 @@ pub(crate) struct Vma {
     pub(crate) kind: MemoryKind,
     /// Writes reach whatever backs it.
     pub(crate) shared: bool,
+    /// Pages of hugetlbfs that no file and no other process has, of 2 MiB as far
+    /// as it is told.
+    pub(crate) own_huge_pages: bool,
 }
 
 /// An open map.
@@ -116,16 +123,14 @@ impl Map {
         };
         let len = (query.vma_name_size as usize).min(name.len());
         let name = &name[..len];
+        let name = name.strip_suffix(&[0]).unwrap_or(name);
         let has = |bit: flag| query.vma_flags & bit as u64 != 0;
         let kind = if query.vma_page_size > PAGE_SIZE {
             MemoryKind::HugeTlb
         } else {
-            classify(
-                name.strip_suffix(&[0]).unwrap_or(name),
-                query.inode,
-                has(flag::PROCMAP_QUERY_VMA_SHARED),
-            )
+            classify(name, query.inode, has(flag::PROCMAP_QUERY_VMA_SHARED))
         };
+        let shared = has(flag::PROCMAP_QUERY_VMA_SHARED);
         Ok(Some(Vma {
             range,
             permissions: Permissions {
@@ -134,7 +139,10 @@ impl Map {
                 execute: has(flag::PROCMAP_QUERY_VMA_EXECUTABLE),
             },
             kind,
-            shared: has(flag::PROCMAP_QUERY_VMA_SHARED),
+            shared,
+            own_huge_pages: !shared
+                && query.vma_page_size == BLOCK_SIZE
+                && name.starts_with(ANONYMOUS_HUGE),
         }))
     }
 
@@ -176,6 +184,8 @@ pub(crate) fn parse_line(line: &[u8]) -> Option<Vma> {
         },
         kind: classify(name, inode, modes[3] == b's'),
         shared: modes[3] == b's',
+        // The text does not tell the size; pages of 1 GiB refuse later.
+        own_huge_pages: modes[3] != b's' && name.starts_with(ANONYMOUS_HUGE),
     })
 }
 
@@ -183,7 +193,7 @@ pub(crate) fn parse_line(line: &[u8]) -> Option<Vma> {
 /// but by the usual names; PROCMAP_QUERY knows the page size and does not ask.
 fn classify(name: &[u8], inode: u64, shared: bool) -> MemoryKind {
     let begins = |prefixes: &[&[u8]]| prefixes.iter().any(|&prefix| name.starts_with(prefix));
-    if begins(&[b"/anon_hugepage", b"/dev/hugepages/"]) {
+    if begins(&[ANONYMOUS_HUGE, b"/dev/hugepages/"]) {
         MemoryKind::HugeTlb
     } else if begins(&[
         b"/dev/shm/",

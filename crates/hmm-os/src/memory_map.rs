@@ -4,7 +4,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use hmm_types::{ByteCount, MemoryKind, PageRange, Permissions, StayReason};
+use hmm_types::{BLOCK_SIZE, ByteCount, MemoryKind, PageRange, Permissions, StayReason};
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 
 use crate::map::parse_line;
@@ -37,6 +37,8 @@ pub struct MappedMemory {
     pub copied: ByteCount,
     /// Locked with mlock(2).
     pub locked: bool,
+    /// Memory of hugetlbfs that was mapped without a file, for this process only.
+    pub own_huge_pages: bool,
     /// Some userfaultfd has it registered; an engine does so with what has
     /// migrated.
     pub watched: bool,
@@ -61,6 +63,9 @@ impl MappedMemory {
             MemoryKind::PrivateAnonymous => None,
             MemoryKind::File => Some(StayReason::FileBacked),
             MemoryKind::Shared => Some(StayReason::Shared),
+            MemoryKind::HugeTlb if self.own_huge_pages && self.page_size.get() == BLOCK_SIZE => {
+                None
+            }
             MemoryKind::HugeTlb => Some(StayReason::HugeTlb),
             _ => Some(StayReason::Special),
         }
@@ -95,6 +100,7 @@ pub fn memory_of(pid: Option<u32>) -> io::Result<Vec<MappedMemory>> {
                 dax: vma.kind == MemoryKind::File && is_dax(&place, vma.range),
                 name,
                 page_size: ByteCount::new(hmm_types::PAGE_SIZE),
+                own_huge_pages: vma.own_huge_pages,
                 resident: ByteCount::new(0),
                 huge: ByteCount::new(0),
                 swapped: ByteCount::new(0),
@@ -194,6 +200,7 @@ mod tests {
         let mut mapped = memory_of(None).unwrap().remove(0);
         mapped.kind = MemoryKind::PrivateAnonymous;
         mapped.resident = ByteCount::new(0);
+        mapped.own_huge_pages = false;
         mapped.permissions = Permissions::READ_WRITE;
         for line in [
             "KernelPageSize:     2048 kB",
@@ -208,6 +215,10 @@ mod tests {
         assert_eq!(mapped.page_size, ByteCount::mib(2));
         assert_eq!(mapped.resident.get(), (2052) << 10);
         assert!(mapped.locked && mapped.watched);
+        assert_eq!(mapped.stays(), Some(StayReason::HugeTlb));
+        mapped.own_huge_pages = true;
+        assert_eq!(mapped.stays(), None);
+        mapped.page_size = ByteCount::mib(1024);
         assert_eq!(mapped.stays(), Some(StayReason::HugeTlb));
     }
 

@@ -46,13 +46,24 @@ const fn has_access(permissions: Permissions) -> bool {
 
 /// Whether the process has locked any memory.
 fn anything_locked() -> Result<bool> {
+    counts_any(b"VmLck:")
+}
+
+/// Whether anything holds pages of the process for long, for DMA: RDMA, or
+/// io_uring with registered buffers.
+pub(crate) fn anything_pinned() -> Result<bool> {
+    counts_any(b"VmPin:")
+}
+
+/// Whether a line of /proc/self/status has another number than 0.
+fn counts_any(key: &[u8]) -> Result<bool> {
     let flags = OFlags::CLOEXEC | OFlags::RDONLY;
     let status = open(c"/proc/self/status", flags, Mode::empty())?;
     let mut lines = Lines::new(status.as_fd());
     while let Some(line) = lines.next()? {
-        if let Some(rest) = line.strip_prefix(b"VmLck:") {
-            let locked_kib = decimal(rest.trim_ascii_start()).map(|(value, _)| value);
-            return Ok(locked_kib != Some(0));
+        if let Some(rest) = line.strip_prefix(key) {
+            let kib = decimal(rest.trim_ascii_start()).map(|(value, _)| value);
+            return Ok(kib != Some(0));
         }
     }
     Ok(true)

@@ -10,7 +10,7 @@ use hmm_hal::{
     SpaceError, SpaceId, StagingLayout, Stop,
 };
 use hmm_sync::assert_none_held;
-use hmm_types::{MemoryKind, PageCount, PageRange, StayReason, VirtAddr};
+use hmm_types::{MemoryKind, PAGES_PER_BLOCK, PageCount, PageRange, StayReason, VirtAddr};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
@@ -20,17 +20,19 @@ use crate::abi::uffd_msg;
 use crate::child::Children;
 use crate::config::{Counters, Disable, OpenConfig, OpenError, Wakeup};
 use crate::excluded::{exclude, first_part, first_part_in, include, refresh_modules};
-use crate::map::Map;
+use crate::map::{Map, Vma};
 use crate::message::{Message, translate};
 use crate::pagemap::Pagemap;
 use crate::peek;
 use crate::refusal;
+use crate::region::Region;
 use crate::staging::Staging;
 use crate::text::Lines;
 use crate::thread::table;
 use crate::thread_memory::ThreadMemory;
 use crate::uffd::{
-    FEATURE_FORK, FEATURE_MOVE, FEATURE_WP, FEATURES_NEEDED, FEATURES_WANTED, Reach, Uffd,
+    FEATURE_FORK, FEATURE_MOVE, FEATURE_WP, FEATURES_HUGETLB, FEATURES_NEEDED, FEATURES_WANTED,
+    Reach, Uffd,
 };
 
 /// The descriptors and the memory of an open space.
@@ -42,6 +44,9 @@ struct Parts {
     map: Map,
     pagemap: Pagemap,
     staging: Staging,
+    /// A block that nobody ever writes to: what holes in huge pages are filled
+    /// with.
+    zeros: Region,
     /// What must stay because only faults of user mode are delivered.
     thread_memory: Option<ThreadMemory>,
 }
@@ -55,6 +60,8 @@ struct Parts {
 pub struct LinuxSpace {
     parts: ManuallyDrop<Parts>,
     capabilities: Capabilities,
+    /// Private memory of hugetlbfs can leave and come back.
+    moves_huge_pages: bool,
     table: u32,
     pid: u32,
     interrupted: AtomicBool,
@@ -108,6 +115,9 @@ impl LinuxSpace {
         let staging = Staging::reserve(config.staging).map_err(|error| OpenError::Staging {
             errno: error.raw_os_error(),
         })?;
+        let zeros = Region::reserve(1).map_err(|error| OpenError::Staging {
+            errno: error.raw_os_error(),
+        })?;
         for arena in staging.ranges() {
             if let Err(error) = uffd.register(arena, false) {
                 for arena in staging.ranges() {
@@ -117,8 +127,9 @@ impl LinuxSpace {
             }
         }
         staging.ranges().for_each(exclude);
+        exclude(zeros.range());
         refresh_modules();
-        let has = |feature| uffd.features() & feature != 0;
+        let has = |features| uffd.features() & features == features;
         Ok(Self {
             capabilities: Capabilities {
                 move_pages: has(FEATURE_MOVE),
@@ -126,6 +137,7 @@ impl LinuxSpace {
                 kernel_faults: reach == Reach::Full,
                 write_protect: has(FEATURE_WP),
             },
+            moves_huge_pages: has(FEATURE_WP) && has(FEATURES_HUGETLB),
             parts: ManuallyDrop::new(Parts {
                 uffd,
                 nudge,
@@ -133,6 +145,7 @@ impl LinuxSpace {
                 map,
                 pagemap,
                 staging,
+                zeros,
                 thread_memory,
             }),
             table: table(),
@@ -270,6 +283,68 @@ impl LinuxSpace {
             .unwrap_or(stopped(Stop::Gone))
     }
 
+    /// The same on pages of a range, or if they are a part of a huge page of
+    /// hugetlbfs, on all of that: there is no less.
+    fn on_pages(
+        &self,
+        space: SpaceId,
+        range: PageRange,
+        call: impl FnOnce(&Uffd, PageRange) -> Progress,
+        on_huge: impl FnOnce(&Uffd, PageRange) -> Progress,
+    ) -> Progress {
+        let progress = self.on(space, |uffd| call(uffd, range));
+        if progress.stop != Some(Stop::Incompatible) || !self.is_hugetlb(space, range) {
+            return progress;
+        }
+        let huge = PageRange::from_pages(
+            range.start().block_floor(),
+            PageCount::from(PAGES_PER_BLOCK),
+        );
+        let progress = self.on(space, |uffd| on_huge(uffd, huge));
+        match progress.stop {
+            None => Progress {
+                done: range.pages(),
+                stop: None,
+            },
+            Some(_) => progress,
+        }
+    }
+
+    /// Why a huge page of hugetlbfs could not be placed, if the kernel said that
+    /// there is one and there is none: it says so too when its pool is empty.
+    fn why_not_there(&self, page: PageRange) -> Option<Stop> {
+        let parts = self.parts();
+        // A protection that was left behind looks like a page.
+        if let Some(stop) = parts.uffd.write_protect(page, false).stop {
+            return Some(stop);
+        }
+        let mut there = false;
+        let looked = parts.pagemap.visit(page, &mut |_, presence| {
+            there |= presence != Presence::Hole;
+        });
+        (looked.is_ok() && !there).then_some(Stop::NoMemory)
+    }
+
+    /// Whether a range is a part of one huge page of hugetlbfs. Where a child has
+    /// refused a small page it is: it has no other memory that refuses one.
+    fn is_hugetlb(&self, space: SpaceId, range: PageRange) -> bool {
+        if range.end()
+            > range
+                .start()
+                .block_floor()
+                .plus_pages(PAGES_PER_BLOCK as u64)
+        {
+            return false;
+        }
+        let mut huge = space != SpaceId::OWN;
+        if !huge {
+            let _ = self.parts().map.visit(range.slice(0, 1), &mut |vma| {
+                huge |= vma.kind == MemoryKind::HugeTlb;
+            });
+        }
+        huge
+    }
+
     /// Reads a message of one space.
     fn read_space(&self, space: SpaceId) -> Option<Event> {
         let parts = self.parts();
@@ -359,7 +434,16 @@ impl AddressSpace for LinuxSpace {
             let (part, thread_memory) = first_part_in(part, || threads.iter().copied());
             (part, false, thread_memory)
         };
+        // Pins cannot be seen on pages of hugetlbfs; where there are none at all
+        // there are none on those.
+        let mut pinned = None;
+        let mut movable = |vma: &Vma| {
+            vma.own_huge_pages
+                && self.moves_huge_pages
+                && !*pinned.get_or_insert_with(|| refusal::anything_pinned().unwrap_or(true))
+        };
         let result = parts.map.visit(range, &mut |vma| {
+            let huge_pages = movable(&vma);
             let mut rest = vma.range.intersection(range);
             while let Some(asked) = rest {
                 let (part, engine_owned, thread_memory) = split(asked);
@@ -370,6 +454,7 @@ impl AddressSpace for LinuxSpace {
                         _ => part,
                     },
                     kind: vma.kind,
+                    huge_pages,
                     permissions: vma.permissions,
                     engine_owned,
                     thread_memory,
@@ -472,15 +557,26 @@ impl AddressSpace for LinuxSpace {
     }
 
     fn copy_pages(&self, space: SpaceId, from: VirtAddr, to: PageRange) -> Progress {
-        self.on(space, |uffd| uffd.copy(from, to))
+        let progress = self.on(space, |uffd| uffd.copy(from, to));
+        if progress.stop == Some(Stop::Exists)
+            && space == SpaceId::OWN
+            && self.is_hugetlb(space, to)
+            && let Some(stop) = self.why_not_there(to)
+        {
+            return stopped(stop);
+        }
+        progress
     }
 
     fn zero_pages(&self, space: SpaceId, range: PageRange) -> Progress {
-        self.on(space, |uffd| uffd.zero(range))
+        let zeros = self.parts().zeros.range().start();
+        self.on_pages(space, range, Uffd::zero, |uffd, huge| {
+            uffd.copy(zeros, huge)
+        })
     }
 
     fn poison_pages(&self, space: SpaceId, range: PageRange) -> Progress {
-        self.on(space, |uffd| uffd.poison(range))
+        self.on_pages(space, range, Uffd::poison, Uffd::poison)
     }
 
     fn wake(&self, space: SpaceId, range: PageRange) {
@@ -496,11 +592,13 @@ impl AddressSpace for LinuxSpace {
         if !self.capabilities.write_protect {
             return stopped(Stop::Incompatible);
         }
-        self.parts().uffd.write_protect(range, on)
+        let call = |uffd: &Uffd, range| uffd.write_protect(range, on);
+        self.on_pages(SpaceId::OWN, range, call, call)
     }
 
     fn allow_writes(&self, space: SpaceId, range: PageRange) -> Progress {
-        self.on(space, |uffd| uffd.write_protect(range, false))
+        let call = |uffd: &Uffd, range| uffd.write_protect(range, false);
+        self.on_pages(space, range, call, call)
     }
 
     fn read_pages(&self, from: PageRange, to: VirtAddr) -> Progress {

@@ -56,6 +56,9 @@ pub(crate) const FEATURES: [(u64, &str); 17] = [
 
 pub(crate) const FEATURE_WP: u64 = raw::UFFD_FEATURE_PAGEFAULT_FLAG_WP as u64;
 pub(crate) const FEATURE_FORK: u64 = raw::UFFD_FEATURE_EVENT_FORK as u64;
+/// hugetlbfs: pages can be missed and write-protected.
+pub(crate) const FEATURES_HUGETLB: u64 =
+    raw::UFFD_FEATURE_MISSING_HUGETLBFS as u64 | raw::UFFD_FEATURE_WP_HUGETLBFS_SHMEM as u64;
 pub(crate) const FEATURE_MOVE: u64 = raw::UFFD_FEATURE_MOVE as u64;
 /// Without these a mapping could change unseen, and data be lost.
 pub(crate) const FEATURES_NEEDED: u64 = raw::UFFD_FEATURE_EVENT_REMAP as u64
@@ -65,6 +68,7 @@ pub(crate) const FEATURES_WANTED: u64 = FEATURES_NEEDED
     | FEATURE_WP
     | FEATURE_FORK
     | FEATURE_MOVE
+    | FEATURES_HUGETLB
     | raw::UFFD_FEATURE_POISON as u64
     | raw::UFFD_FEATURE_THREAD_ID as u64;
 

@@ -263,6 +263,7 @@ impl AddressSpace for SimSpace {
         let vmas: Vec<_> = self.state().own().overlapping(range).collect();
         for vma in vmas {
             visit(Mapping {
+                huge_pages: false,
                 range: vma.range,
                 whole: vma.range,
                 kind: vma.kind,

@@ -1,0 +1,171 @@
+//! Pages of hugetlbfs: 2 MiB that move as a whole or not at all.
+//!
+//! `UFFDIO_MOVE` does not take them, so they go the way of [`crate::fallback`]:
+//! write-protect, copy, drop. They come home by `UFFDIO_COPY` of a whole page, for
+//! which the data has to lie together: in a *room* of 2 MiB. The kernel takes the
+//! page from its pool again; should that be empty, the data rests on the device
+//! and the thread that wants it tries again and again.
+
+use std::sync::OnceLock;
+use std::sync::atomic::AtomicU32;
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
+
+use hmm_mem::Pages;
+use hmm_types::{PAGES_PER_BLOCK, PageCount, PageRange, StayReason, VirtAddr};
+
+use crate::engine::{BUSY_LIMIT, Engine};
+use crate::executor::Executor;
+use crate::home::Home;
+use crate::report::MigrationReport;
+use crate::upload::{Fate, Target};
+
+/// Rooms there are: more come home one after the other.
+const ROOMS: usize = 8;
+
+/// Engine memory for whole pages on their way home. It is there as soon as
+/// anything is registered that may need it: who brings a page home allocates
+/// nothing.
+pub(crate) struct Rooms {
+    pages: OnceLock<Option<Pages>>,
+    /// One bit each.
+    taken: AtomicU32,
+}
+
+/// One of them, until it is dropped.
+pub(crate) struct Room<'rooms> {
+    rooms: &'rooms Rooms,
+    number: u32,
+    start: VirtAddr,
+}
+
+impl Rooms {
+    pub(crate) const fn new() -> Self {
+        Self {
+            pages: OnceLock::new(),
+            taken: AtomicU32::new(0),
+        }
+    }
+
+    /// Makes sure that they exist. False when engine memory is used up.
+    pub(crate) fn prepare(&self) -> bool {
+        let pages = PageCount::from(ROOMS * PAGES_PER_BLOCK);
+        self.pages.get_or_init(|| Pages::new(pages)).is_some()
+    }
+
+    /// Does not wait: `None` when all are taken.
+    pub(crate) fn take(&self) -> Option<Room<'_>> {
+        let start = self.pages.get()?.as_ref()?.range().start();
+        let mut taken = self.taken.load(Acquire);
+        loop {
+            let number = taken.trailing_ones();
+            if number as usize >= ROOMS {
+                return None;
+            }
+            let more = taken | 1 << number;
+            match self
+                .taken
+                .compare_exchange_weak(taken, more, AcqRel, Acquire)
+            {
+                Ok(_) => {
+                    return Some(Room {
+                        rooms: self,
+                        number,
+                        start: start.plus_pages(u64::from(number) * PAGES_PER_BLOCK as u64),
+                    });
+                }
+                Err(now) => taken = now,
+            }
+        }
+    }
+}
+
+impl Room<'_> {
+    pub(crate) const fn start(&self) -> VirtAddr {
+        self.start
+    }
+}
+
+impl Drop for Room<'_> {
+    fn drop(&mut self) {
+        self.rooms.taken.fetch_and(!(1 << self.number), Release);
+    }
+}
+
+impl Engine<'_> {
+    /// Whether an address is in a page of hugetlbfs that can leave.
+    pub(crate) fn is_hugetlb(&self, address: VirtAddr) -> bool {
+        let map = self.gate.read();
+        map.find(address)
+            .is_some_and(|piece| map.block(piece.block).is_hugetlb())
+    }
+
+    /// Moves a whole page to a device. `asked` is the part that the request is
+    /// about; the report speaks of that.
+    pub(crate) fn migrate_huge_page(
+        &self,
+        executor: &mut Executor,
+        asked: PageRange,
+        target: Target,
+        keep: PageRange,
+        report: &mut MigrationReport,
+    ) {
+        let whole = PageRange::from_pages(
+            asked.start().block_floor(),
+            PageCount::from(PAGES_PER_BLOCK),
+        );
+        let mut full = false;
+        for _ in 0..BUSY_LIMIT {
+            let departure = match self.depart_to(target.device) {
+                Ok(departure) => departure,
+                Err(reason) => return report.stay(asked, reason),
+            };
+            let passed = self
+                .passes_over(whole, target.device)
+                .unwrap_or_else(|| self.step_by_copy(executor, whole, target));
+            drop(departure);
+            match passed.fate {
+                Fate::Moved { zeroed, .. } => {
+                    report.moved += asked.pages();
+                    report.huge += asked.pages();
+                    report.zeroed += PageCount::new(zeroed.min(asked.pages().get()));
+                    return;
+                }
+                Fate::Already => {
+                    report.already += asked.pages();
+                    return;
+                }
+                Fate::Elsewhere(_) => {
+                    self.step_home(executor, whole, Home::ahead());
+                }
+                Fate::Stayed(StayReason::NoDeviceMemory) if !full => {
+                    // Room for a page is 2 MiB that lie together.
+                    full = !self.make_room(executor, target.device, keep);
+                }
+                Fate::Stayed(reason) => return report.stay(asked, reason),
+                Fate::Busy | Fate::Refused | Fate::CopyInstead => self.wait_for_transition(),
+            }
+        }
+        report.stay(asked, StayReason::Busy);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_room_is_taken_once() {
+        let rooms = Rooms::new();
+        assert!(rooms.take().is_none(), "not prepared");
+        assert!(rooms.prepare() && rooms.prepare());
+        let mut held: Vec<Room<'_>> = std::iter::from_fn(|| rooms.take()).collect();
+        assert_eq!(held.len(), ROOMS);
+        held.sort_by_key(Room::start);
+        for pair in held.windows(2) {
+            let apart = pair[1].start().pages_since(pair[0].start());
+            assert_eq!(apart, PAGES_PER_BLOCK as u64);
+        }
+        let free = held.remove(3).start();
+        assert_eq!(rooms.take().map(|room| room.start()), Some(free));
+    }
+}
