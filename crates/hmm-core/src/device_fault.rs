@@ -4,7 +4,8 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use hmm_hal::{DeviceError, DeviceFaultError, Mapping, Resolution};
 use hmm_types::{
-    Access, DeviceId, FrameRange, PageCount, PageRange, StayReason, USER_END, VirtAddr,
+    Access, DeviceId, FrameRange, MemoryKind, PAGES_PER_BLOCK, PageCount, PageRange, StayReason,
+    USER_END, VirtAddr,
 };
 
 use crate::engine::{AGAIN_LIMIT, Engine};
@@ -188,6 +189,15 @@ impl Engine<'_> {
                 }
             }
         };
+        // Nothing of such a mapping ever leaves: neighbours come along for free.
+        if matches!(mapping.kind, MemoryKind::File | MemoryKind::Shared) {
+            let block =
+                PageRange::from_pages(address.block_floor(), PageCount::from(PAGES_PER_BLOCK));
+            let together = mapping.whole.intersection(block).unwrap_or(page);
+            if let Some(resolution) = self.map_in_place(together, target) {
+                return Ok(resolution);
+            }
+        }
         self.use_in_place(executor, page, target, reason)
     }
 
@@ -221,15 +231,17 @@ impl Engine<'_> {
         )
     }
 
-    /// Lets the device use a page of system memory where it is.
+    /// Lets the device use pages of system memory where they are. Several only if
+    /// the engine has none of them registered.
     fn map_in_place(&self, page: PageRange, target: Target) -> Option<Resolution> {
         let slot = self.devices.slot(target.device);
         if !slot.device.info().system_memory {
             return None;
         }
         let map = self.gate.read();
-        let resting = match map.find(page.start()) {
+        let resting = match map.overlapping(page).next() {
             None => true,
+            Some(_) if page.pages() > PageCount::ONE => return None,
             Some(piece) => {
                 let mut inner = map.block(piece.block).lock();
                 let state = inner.state(piece.first);

@@ -184,7 +184,11 @@ impl Engine<'_> {
     /// Frees what the pages of a piece hold away from the CPU and leaves them
     /// in `state`; pages in flight are left to their executor, marked.
     fn drop_pages(&self, inner: &mut BlockInner, piece: Piece, state: PageState) {
-        self.invalidate(inner, piece.range());
+        let mut pages = piece.first..piece.first + piece.pages;
+        // What is being dropped left the devices when it was claimed.
+        if !pages.all(|index| matches!(inner.state(index), PageState::Dropping { .. })) {
+            self.invalidate(inner, piece.range());
+        }
         for index in piece.first..piece.first + piece.pages {
             match inner.state(index) {
                 PageState::System | PageState::Discarded => inner.set(index, state),

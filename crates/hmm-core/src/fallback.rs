@@ -105,7 +105,7 @@ impl Engine<'_> {
         passed
     }
 
-    fn claim_protected(
+    pub(crate) fn claim_protected(
         &self,
         range: PageRange,
         frames: FrameRange,
@@ -142,13 +142,17 @@ impl Engine<'_> {
         // page. Without one it does not, and who fills it waits for this block.
         let mut hole = false;
         if block.is_hugetlb() {
-            protect(false)?;
+            if inner.protected {
+                protect(false)?;
+                inner.protected = false;
+            }
             hole = self
                 .present_pages(range)
                 .is_some_and(|present| present.is_empty());
         }
         if !hole {
             protect(true)?;
+            inner.protected = block.is_hugetlb();
         }
         // Looked at under write protection: a page that is there stays as it is.
         let Some(present) = self.present_pages(range) else {
@@ -190,7 +194,7 @@ impl Engine<'_> {
         scan.ok().map(|()| present)
     }
 
-    fn copy_protected(
+    pub(crate) fn copy_protected(
         &self,
         executor: &Executor,
         flight: &Flight,
@@ -199,6 +203,22 @@ impl Engine<'_> {
         device: DeviceId,
     ) -> Result<(), StayReason> {
         hmm_sync::assert_none_held();
+        if self.devices.slot(device).device.info().reads_program {
+            for (first, pages, data) in flight.runs() {
+                let from = place.slice(u64::from(first), u64::from(pages)).start();
+                let frames = frames.slice(first, pages);
+                let transfer = if data {
+                    Transfer::FromProgram {
+                        place: from,
+                        frames,
+                    }
+                } else {
+                    Transfer::Zero { frames }
+                };
+                self.transfer(device, transfer)?;
+            }
+            return Ok(());
+        }
         let bounce = executor.bounce(u64::from(flight.pages).min(BOUNCE_PAGES));
         for (first, pages, data) in flight.runs().flat_map(chunks) {
             if data {
@@ -267,7 +287,7 @@ impl Engine<'_> {
     }
 
     /// The next pages that are still wanted and lie together.
-    fn mark_dropping(
+    pub(crate) fn mark_dropping(
         &self,
         flight: &Flight,
         offset: u32,
@@ -301,7 +321,7 @@ impl Engine<'_> {
     /// Undoes a claim: what the engine has not dropped is the program's again;
     /// what it has dropped already stays on the device. It has surely dropped
     /// so many pages, `dropped`, from where they were `claimed`.
-    fn release_protected(
+    pub(crate) fn release_protected(
         &self,
         executor: &mut Executor,
         flight: &Flight,

@@ -27,6 +27,8 @@ use crate::staging::{SlotKind, StagingPage, StagingRun};
 
 /// How often a huge page that the kernel has no memory for is tried at a time.
 const NO_PAGE_LIMIT: u32 = 64;
+/// Pages that a device may leave in the processor's caches.
+const CACHED: u32 = 32;
 /// Transfers handed to a device at a time.
 pub(crate) const TRANSFERS: usize = 32;
 
@@ -523,16 +525,34 @@ impl Engine<'_> {
 
     fn copy_home(&self, claim: &Claim, from: u32, landing: Landing) -> Result<(), DeviceError> {
         hmm_sync::assert_none_held();
+        if claim.part_of_hugetlb.is_none() {
+            return self.copy_pages_home(claim, from, landing, 0..landing.pages());
+        }
+        // The kernel is about to read it all once more: a little at a time stays
+        // in the caches.
+        for first in (0..landing.pages()).step_by(CACHED as usize) {
+            let upto = (first + CACHED).min(landing.pages());
+            self.copy_pages_home(claim, from, landing, first..upto)?;
+        }
+        Ok(())
+    }
+
+    /// Copies some of the pages of a landing.
+    fn copy_pages_home(
+        &self,
+        claim: &Claim,
+        from: u32,
+        landing: Landing,
+        pages: std::ops::Range<u32>,
+    ) -> Result<(), DeviceError> {
         let device = self.devices.slot(claim.device).device;
         let mut result = Ok(());
         for _ in 0..COPY_LIMIT {
-            let transfers =
-                claim
-                    .runs(from, landing.pages())
-                    .map(|(page, frames)| Transfer::ToHost {
-                        frames,
-                        host: landing.address(page),
-                    });
+            let runs = claim.runs(from + pages.start, pages.end - pages.start);
+            let transfers = runs.map(|(page, frames)| Transfer::ToHost {
+                frames,
+                host: landing.address(pages.start + page),
+            });
             result = run_transfers(device, transfers);
             match result {
                 Ok(()) | Err(DeviceError::Lost) => break,
@@ -628,6 +648,7 @@ impl Engine<'_> {
         for (_, frames) in claim.runs(from + *offset, placed) {
             self.devices.slot(claim.device).free(frames);
         }
+        inner.protected &= placed == 0;
         for page in 0..placed {
             inner.set(index + page, PageState::System);
         }

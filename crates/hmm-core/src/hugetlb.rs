@@ -8,17 +8,19 @@
 
 use std::sync::OnceLock;
 use std::sync::atomic::AtomicU32;
-use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 
 use hmm_mem::Pages;
-use hmm_types::{PAGES_PER_BLOCK, PageCount, PageRange, StayReason, VirtAddr};
+use hmm_types::{FrameRange, PAGES_PER_BLOCK, PageCount, PageRange, StayReason, VirtAddr};
 
 use crate::engine::{BUSY_LIMIT, Engine};
 use crate::executor::Executor;
 use crate::home::Home;
 use crate::report::MigrationReport;
-use crate::upload::{Fate, Target};
+use crate::upload::{Fate, Flight, Target};
 
+/// Pages that are dropped together.
+const TOGETHER: usize = 16;
 /// Rooms there are: more come home one after the other.
 const ROOMS: usize = 8;
 
@@ -91,7 +93,138 @@ impl Drop for Room<'_> {
     }
 }
 
+/// A page that was copied to a device and is still the program's.
+struct Copied {
+    flight: Flight,
+    place: PageRange,
+    frames: FrameRange,
+}
+
 impl Engine<'_> {
+    /// Moves the pages of a mapping to a device, several together: each drop is an
+    /// event that has to be read before it is done.
+    pub(crate) fn migrate_huge_pages(
+        &self,
+        executor: &mut Executor,
+        range: PageRange,
+        target: Target,
+        keep: PageRange,
+        report: &mut MigrationReport,
+    ) {
+        let mut from = range.start();
+        while from < range.end() {
+            let rest = PageRange::span(from, range.end());
+            let end = self.migrate_together(executor, rest, target, report);
+            if end > from {
+                from = end;
+                continue;
+            }
+            let end = from.block_floor().plus_pages(PAGES_PER_BLOCK as u64);
+            let asked = PageRange::span(from, end.min(range.end()));
+            self.migrate_huge_page(executor, asked, target, keep, report);
+            from = asked.end();
+        }
+    }
+
+    /// Moves the first pages of a range that are at home and can go at once; says
+    /// where they end. Whatever is in the way is left to
+    /// [`Engine::migrate_huge_page`].
+    fn migrate_together(
+        &self,
+        executor: &mut Executor,
+        range: PageRange,
+        target: Target,
+        report: &mut MigrationReport,
+    ) -> VirtAddr {
+        let mut end = range.start();
+        let Ok(departure) = self.depart_to(target.device) else {
+            return end;
+        };
+        // Who reads events cannot wait for one.
+        if executor.reads_events() {
+            return end;
+        }
+        let mut copied: [Option<Copied>; TOGETHER] = [const { None }; TOGETHER];
+        let whole = range
+            .blocks()
+            .take_while(|block| block.pages().index() == PAGES_PER_BLOCK);
+        for (slot, block) in copied.iter_mut().zip(whole) {
+            *slot = self.copy_whole(executor, block, target);
+            if slot.is_none() {
+                break;
+            }
+        }
+        let pages = || copied.iter().flatten();
+        if let Some(last) = pages().next_back() {
+            let span = PageRange::span(range.start(), last.place.end());
+            let unchanged = pages().all(|page| {
+                let marked = self.mark_dropping(&page.flight, 0, page.frames, target.device);
+                marked.is_some_and(|(place, _)| place == page.place)
+            });
+            hmm_sync::assert_none_held();
+            if unchanged && self.space.discard(span).is_ok() {
+                for page in pages() {
+                    match self
+                        .commit_out(&page.flight, page.frames, target, true)
+                        .fate
+                    {
+                        Fate::Moved { zeroed, .. } => {
+                            report.moved += page.place.pages();
+                            report.huge += page.place.pages();
+                            report.zeroed += PageCount::new(zeroed);
+                        }
+                        Fate::Stayed(reason) => report.stay(page.place, reason),
+                        other => unreachable!("a committed page: {other:?}"),
+                    }
+                }
+                end = span.end();
+                let all = span.pages().get();
+                self.stats.fallback_pages.fetch_add(all, Relaxed);
+            } else {
+                for page in pages() {
+                    let (flight, frames) = (&page.flight, page.frames);
+                    self.release_protected(executor, flight, page.place, frames, target, 0);
+                }
+            }
+        }
+        drop(departure);
+        self.transition_ended();
+        end
+    }
+
+    /// Copies a page that is at home. `None`, and nothing changed, if anything is
+    /// in the way.
+    fn copy_whole(
+        &self,
+        executor: &mut Executor,
+        page: PageRange,
+        target: Target,
+    ) -> Option<Copied> {
+        let device = self.devices.slot(target.device).device;
+        let frames = device.allocate(page.pages()).ok()?;
+        let claimed = if frames.count() as usize == PAGES_PER_BLOCK {
+            self.claim_protected(page, frames).ok()
+        } else {
+            None
+        };
+        let Some((flight, place)) = claimed else {
+            device.free(frames);
+            return None;
+        };
+        if self
+            .copy_protected(executor, &flight, place, frames, target.device)
+            .is_err()
+        {
+            self.release_protected(executor, &flight, place, frames, target, 0);
+            return None;
+        }
+        Some(Copied {
+            flight,
+            place,
+            frames,
+        })
+    }
+
     /// Whether an address is in a page of hugetlbfs that can leave.
     pub(crate) fn is_hugetlb(&self, address: VirtAddr) -> bool {
         let map = self.gate.read();

@@ -82,6 +82,8 @@ pub(crate) struct BlockInner {
     /// No page of the block has been the kernel's to take since it was registered:
     /// see [`AddressSpace::may_have_freed_pages`](hmm_hal::AddressSpace).
     pub(crate) kept: bool,
+    /// A page of hugetlbfs was write-protected and has not been placed anew since.
+    pub(crate) protected: bool,
     /// Devices (one bit each) that map pages of the block in place.
     pub(crate) in_place: u16,
 }
@@ -233,6 +235,7 @@ impl Block {
                     last_use: 0,
                     last_departure: 0,
                     kept: false,
+                    protected: false,
                     in_place: 0,
                 },
             ),

@@ -193,12 +193,11 @@ impl Engine<'_> {
         report: &mut MigrationReport,
     ) {
         let target = Target::of(device, mapping);
+        if mapping.huge_pages {
+            return self.migrate_huge_pages(executor, mapping.range, target, keep, report);
+        }
         for span in mapping.range.blocks() {
-            if mapping.huge_pages {
-                self.migrate_huge_page(executor, span, target, keep, report);
-            } else {
-                self.migrate_span(executor, span, target, keep, report);
-            }
+            self.migrate_span(executor, span, target, keep, report);
         }
     }
 

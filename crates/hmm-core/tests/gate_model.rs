@@ -322,6 +322,7 @@ impl Gpu {
 impl Device for Gpu {
     fn info(&self) -> DeviceInfo {
         DeviceInfo {
+            reads_program: false,
             name: "model",
             memory: ByteCount::new(u64::from(FRAMES) * 4096),
             coherent: false,
@@ -383,6 +384,7 @@ impl Device for Gpu {
         let mut tables = self.space.0.lock().unwrap();
         for transfer in transfers {
             match *transfer {
+                Transfer::FromProgram { .. } => unreachable!("this device cannot"),
                 Transfer::ToDevice { host, frames: to } => {
                     for (index, frame) in (0u64..).zip(to.iter()) {
                         frames[frame.index()].1 = tables.pages[&host.plus_pages(index).get()];

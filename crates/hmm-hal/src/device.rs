@@ -17,6 +17,8 @@ pub struct DeviceInfo {
     pub atomics: bool,
     /// Whether its kernels can use system memory in place.
     pub system_memory: bool,
+    /// Whether it can do [`Transfer::FromProgram`].
+    pub reads_program: bool,
 }
 
 /// What a device reports that the engine could not foresee.
@@ -36,11 +38,19 @@ pub enum DeviceError {
 }
 
 /// One piece of work for a copy queue. Host addresses are engine memory
-/// (staging or bounce pages) or, on kernels without page moving, the program's
-/// own write-protected pages; present, and left alone by everybody else until
+/// (staging or bounce pages), present, and left alone by everybody else until
 /// the fence is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transfer {
+    /// Pages of the program into frames. The engine has write-protected them, but
+    /// the program may drop or unmap them meanwhile: that is an error of the
+    /// transfer, [`DeviceError::CopyFailed`], and of nothing else.
+    FromProgram {
+        /// Source: as many pages as there are frames.
+        place: VirtAddr,
+        /// Destination.
+        frames: FrameRange,
+    },
     /// Host memory into frames.
     ToDevice {
         /// Source: as many pages as there are frames.

@@ -103,6 +103,7 @@ impl SimDevice {
             space: space.clone(),
             index,
             info: DeviceInfo {
+                reads_program: false,
                 name: "simulated",
                 memory: ByteCount::new(u64::from(config.frames) * PAGE_SIZE),
                 coherent: config.coherent && index + 1 == config.devices,
@@ -316,6 +317,7 @@ impl DeviceState {
         let garbage = [0xdd; SIM_PAGE_BYTES];
         let mut ok = !scrambled;
         match transfer {
+            Transfer::FromProgram { .. } => unreachable!("the simulated device does not say so"),
             Transfer::ToDevice { host, frames } => {
                 for (index, frame) in (0..).zip(frames.iter()) {
                     let data = space.host_read(host.plus_pages(index));
@@ -371,7 +373,8 @@ impl Device for SimDevice {
         let mut state = self.state();
         for job in &state.queue {
             for transfer in &job.transfers {
-                let (Transfer::ToDevice { frames: used, .. }
+                let (Transfer::FromProgram { frames: used, .. }
+                | Transfer::ToDevice { frames: used, .. }
                 | Transfer::ToHost { frames: used, .. }
                 | Transfer::Zero { frames: used }) = *transfer;
                 assert!(
@@ -423,7 +426,8 @@ impl Device for SimDevice {
         self.space.shared.hook.call(HookPoint::Submit);
         let mut state = self.state();
         for transfer in transfers {
-            let (Transfer::ToDevice { frames, .. }
+            let (Transfer::FromProgram { frames, .. }
+            | Transfer::ToDevice { frames, .. }
             | Transfer::ToHost { frames, .. }
             | Transfer::Zero { frames }) = *transfer;
             state.frames.check_used(frames);

@@ -10,6 +10,7 @@ use hmm_hal::{DeviceFaultError, Resolution};
 use hmm_types::{Access, PAGE_SIZE, USER_END, VirtAddr};
 
 use crate::copy::read_ahead;
+use crate::guard::{self, Signalled};
 use crate::page_table::LeafAddress;
 use crate::shootdown::{Shootdown, WorkerSlot};
 use crate::tlb::Tlb;
@@ -183,8 +184,18 @@ impl Context {
                     }
                 }
                 // A CPU access at the very address: whatever happens to the
-                // page meanwhile, the kernel and the engine keep it coherent.
-                Route::InPlace => return Ok(operation(ptr::with_exposed_provenance_mut(address))),
+                // page meanwhile, the kernel and the engine keep it coherent. If
+                // there is nothing any more, the access is in error.
+                Route::InPlace => {
+                    let access = || operation(ptr::with_exposed_provenance_mut(address));
+                    return guard::attempt(access).map_err(|signalled| {
+                        let address = VirtAddr::new(address as u64);
+                        match signalled {
+                            Signalled::Bus => KernelError::Bus { address },
+                            Signalled::Segv => DeviceFaultError::NotMapped { address }.into(),
+                        }
+                    });
+                }
             }
         }
     }

@@ -13,6 +13,7 @@ use hmm_sync::{Mutex, Rank};
 use hmm_types::{Access, DeviceId, FrameRange, PAGE_SHIFT, PageCount, PageRange, VirtAddr};
 
 use crate::frames::FrameAllocator;
+use crate::guard;
 use crate::launch::{AbortOnUnwind, Board, Job};
 use crate::memory::DeviceMemory;
 use crate::page_table::PageTable;
@@ -163,6 +164,7 @@ impl SoftDevice {
         if self.engine.get().is_none() {
             return Err(LaunchError::NotAttached);
         }
+        guard::install();
         let workers = self.config.workers.min(groups);
         let mut before = self.stats();
         let mut start = Instant::now();
@@ -395,6 +397,7 @@ impl Device for SoftDevice {
             coherent: self.config.coherent,
             atomics: true,
             system_memory: true,
+            reads_program: cfg!(target_arch = "x86_64"),
         }
     }
 

@@ -72,6 +72,13 @@ pub enum KernelError {
         /// Size of the access.
         size_bytes: usize,
     },
+    /// The page is mapped, but there is nothing behind it: its file ends before
+    /// it, or its data was lost.
+    #[error("nothing is behind the page at {address}: its file was truncated, or its data is lost")]
+    Bus {
+        /// The address.
+        address: VirtAddr,
+    },
     /// The page was on its way somewhere all the time.
     #[error("the page at {address} did not settle in {rounds} rounds")]
     Stuck {

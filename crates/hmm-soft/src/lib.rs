@@ -64,6 +64,7 @@ mod device;
 mod error;
 mod faults;
 mod frames;
+mod guard;
 mod launch;
 mod memory;
 mod page_table;

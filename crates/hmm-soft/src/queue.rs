@@ -18,6 +18,7 @@ use hmm_types::{FrameRange, PAGE_SHIFT, VirtAddr};
 
 use crate::copy::Copier;
 use crate::faults::{FailAt, Injector, LossMode};
+use crate::guard;
 use crate::memory::DeviceMemory;
 use crate::stats::Counters;
 
@@ -90,13 +91,18 @@ impl CopyQueue {
         if failed_late {
             self.record(fence)?;
         } else {
-            self.transfer_all(transfers, memory, counters);
+            self.transfer_all(transfers, memory, counters)?;
         }
         counters.submissions.add(1);
         Ok(Fence(fence))
     }
 
-    fn transfer_all(&self, transfers: &[Transfer], memory: &DeviceMemory, counters: &Counters) {
+    fn transfer_all(
+        &self,
+        transfers: &[Transfer],
+        memory: &DeviceMemory,
+        counters: &Counters,
+    ) -> Result<(), DeviceError> {
         let total_bytes = transfers
             .iter()
             .map(|transfer| len_bytes(frames_of(*transfer)))
@@ -107,6 +113,17 @@ impl CopyQueue {
             let device = memory.pointer(frames);
             let len = len_bytes(frames);
             match *transfer {
+                Transfer::FromProgram { place, .. } => {
+                    guard::prepare();
+                    // SAFETY: the frames are as below. The program's pages may go
+                    // while they are read: then the guard ends the copy.
+                    let copy = || unsafe {
+                        self.copier
+                            .copy(pointer(place).cast_const(), device, len, stream);
+                    };
+                    guard::attempt(copy).map_err(|_| DeviceError::CopyFailed)?;
+                    counters.bytes_to_device.add(len as u64);
+                }
                 // SAFETY: the trait's contract: host memory is present engine
                 // memory of that length, left alone by others until the fence,
                 // and so are frames, which `pointer` has checked to exist. The
@@ -133,6 +150,7 @@ impl CopyQueue {
             self.copier.fence();
         }
         counters.copies.add(transfers.len() as u64);
+        Ok(())
     }
 
     /// Says how a submission went.
@@ -182,7 +200,8 @@ impl fmt::Debug for CopyQueue {
 
 const fn frames_of(transfer: Transfer) -> FrameRange {
     match transfer {
-        Transfer::ToDevice { frames, .. }
+        Transfer::FromProgram { frames, .. }
+        | Transfer::ToDevice { frames, .. }
         | Transfer::ToHost { frames, .. }
         | Transfer::Zero { frames } => frames,
     }
@@ -198,7 +217,9 @@ fn spoil(transfer: Transfer, memory: &DeviceMemory) {
     let frames = frames_of(transfer);
     let destination = match transfer {
         Transfer::ToHost { host, .. } => pointer(host),
-        Transfer::ToDevice { .. } | Transfer::Zero { .. } => memory.pointer(frames),
+        Transfer::FromProgram { .. } | Transfer::ToDevice { .. } | Transfer::Zero { .. } => {
+            memory.pointer(frames)
+        }
     };
     // SAFETY: the destination is the transfer's to write, as in `transfer_all`.
     unsafe { ptr::write_bytes(destination, GARBAGE, len_bytes(frames)) };

@@ -5,6 +5,7 @@ use std::mem::MaybeUninit;
 use std::ptr;
 use std::sync::atomic::Ordering;
 
+use crate::guard;
 use crate::shootdown::WorkerSlot;
 use crate::{Context, SoftDevice};
 
@@ -22,6 +23,7 @@ pub(crate) fn is_worker_of(device: &SoftDevice) -> bool {
 pub(crate) fn main(device: &'static SoftDevice, worker: usize) {
     WORKER_OF.set(device);
     block_signals();
+    guard::prepare();
     device.shootdown().slots()[worker].set_stack_range(own_stack());
     let context = Context::new(device, worker);
     let board = device.board();

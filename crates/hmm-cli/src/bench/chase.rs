@@ -3,7 +3,7 @@
 
 use hmm::Pointer;
 
-use super::sample::{Measured, Pairs, ROUNDS, below, timed, xorshift};
+use super::sample::{Outcome, Pairs, ROUNDS, below, timed, xorshift};
 use super::transfer::{SIZE, finds, open, to};
 use crate::floor::Area;
 
@@ -13,7 +13,7 @@ const NODE_WORDS: usize = 8;
 const HOPS: usize = 1 << 20;
 
 /// One kernel on one worker, against one thread on the same memory at home.
-pub fn chase() -> anyhow::Result<Vec<(&'static str, Measured)>> {
+pub fn chase() -> anyhow::Result<Outcome> {
     let (hmm, device) = open(1)?;
     let mut area = Area::new(SIZE, false)?;
     link(area.words_mut());
@@ -37,7 +37,10 @@ pub fn chase() -> anyhow::Result<Vec<(&'static str, Measured)>> {
         }
     }
     hmm.shutdown()?;
-    Ok(vec![("device_chase", pairs.measured_inverse())])
+    Ok(Outcome::Measured(vec![(
+        "device_chase",
+        pairs.measured_inverse(),
+    )]))
 }
 
 /// Links all nodes to one cycle in random order: Sattolo's shuffle.

@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, bail, ensure};
 use hmm::{ByteCount, DeviceId, Hmm, PageCount, SoftwareOptions};
 
-use super::sample::{Measured, Pairs, ROUNDS, quantile, shuffled, timed};
+use super::sample::{Outcome, Pairs, ROUNDS, quantile, shuffled, timed};
 use crate::floor::{Area, BareHandler, Placement, allowed_cpus, stay_on};
 
 /// Touches of one measurement.
@@ -29,7 +29,7 @@ fn open() -> anyhow::Result<(Hmm, DeviceId)> {
 /// Latencies of a touch: the engine's and the barest handler's, each with the
 /// toucher and the handler on the same processor (what was measured to be best
 /// for the floor; the engine's handlers are where its defaults put them).
-pub fn latency() -> anyhow::Result<Vec<(&'static str, Measured)>> {
+pub fn latency() -> anyhow::Result<Outcome> {
     let (hmm, device) = open()?;
     let cpu = *allowed_cpus().first().context("no processor is allowed")?;
     let on_cpu = |area: &Area, seed: u64| -> anyhow::Result<Vec<f64>> {
@@ -69,10 +69,10 @@ pub fn latency() -> anyhow::Result<Vec<(&'static str, Measured)>> {
         }
     }
     hmm.shutdown()?;
-    Ok(vec![
+    Ok(Outcome::Measured(vec![
         ("fault_4k_p50", p50.measured()),
         ("fault_4k_p99", p99.measured()),
-    ])
+    ]))
 }
 
 /// How long each touch takes, in microseconds.
@@ -88,7 +88,7 @@ fn touch_all(area: &Area, seed: u64) -> Vec<f64> {
 }
 
 /// Faults a second of two threads on two processors, and of one.
-pub fn disjoint() -> anyhow::Result<Vec<(&'static str, Measured)>> {
+pub fn disjoint() -> anyhow::Result<Outcome> {
     let (hmm, device) = open()?;
     let cpus = allowed_cpus();
     let (one, two) = match cpus[..] {
@@ -104,7 +104,10 @@ pub fn disjoint() -> anyhow::Result<Vec<(&'static str, Measured)>> {
         }
     }
     hmm.shutdown()?;
-    Ok(vec![("fault_disjoint_2t", pairs.measured())])
+    Ok(Outcome::Measured(vec![(
+        "fault_disjoint_2t",
+        pairs.measured(),
+    )]))
 }
 
 /// Faults a second, each thread on a processor of its own and with memory of

@@ -8,12 +8,12 @@
 
 use hmm::{Hmm, PageCount, SoftwareOptions, engine_memory_bytes};
 
-use super::sample::Measured;
+use super::sample::{Measured, Outcome};
 use super::transfer::{DEVICE_MEMORY, SIZE, STAGING, to};
 use crate::floor::Area;
 
 /// Both rows.
-pub fn metadata() -> anyhow::Result<Vec<(&'static str, Measured)>> {
+pub fn metadata() -> anyhow::Result<Outcome> {
     let hmm = Hmm::builder().staging_limit(STAGING).open()?;
     let opened = engine_memory_bytes();
     let options = SoftwareOptions::new(DEVICE_MEMORY).workers(1);
@@ -38,11 +38,11 @@ pub fn metadata() -> anyhow::Result<Vec<(&'static str, Measured)>> {
         ratio: None,
     };
     let area_pages = SIZE.whole_pages();
-    Ok(vec![
+    Ok(Outcome::Measured(vec![
         ("metadata_idle", measured(pages(idle, area_pages))),
         (
             "metadata_resident",
             measured(pages(resident, area_pages) + per_frame),
         ),
-    ])
+    ]))
 }

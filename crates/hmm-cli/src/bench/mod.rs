@@ -8,6 +8,7 @@
 mod chase;
 mod fault;
 mod metadata;
+mod pool;
 mod row;
 mod sample;
 mod stream;
@@ -21,7 +22,7 @@ use crate::table::Table;
 
 pub use row::ROWS;
 use row::{Row, Target};
-use sample::Measured;
+use sample::Outcome;
 
 /// Runs the command.
 pub fn run(options: &BenchOptions) -> anyhow::Result<ExitCode> {
@@ -38,7 +39,8 @@ pub fn run(options: &BenchOptions) -> anyhow::Result<ExitCode> {
     let mut table = Table::new(["ROW", "VALUE", "FLOOR", "RATIO", "TARGET", "", "WHAT"]);
     let mut missed = 0;
     let mut group = None;
-    let mut results: Vec<(&str, Measured)> = Vec::new();
+    let mut results = Outcome::Measured(Vec::new());
+    let mut skipped = 0;
     for row in &chosen {
         if group != Some(row.group) {
             if watched {
@@ -47,7 +49,19 @@ pub fn run(options: &BenchOptions) -> anyhow::Result<ExitCode> {
             results = row.group.measure()?;
             group = Some(row.group);
         }
-        let found = results.iter().find(|(name, _)| *name == row.name);
+        let measured = match &results {
+            Outcome::Measured(measured) => measured,
+            Outcome::Skipped(why) => {
+                skipped += 1;
+                if options.json {
+                    writeln!(out, "{}", serde_json::to_string(&row.skipped(why))?)?;
+                } else {
+                    table.row(row.cells_skipped(why));
+                }
+                continue;
+            }
+        };
+        let found = measured.iter().find(|(name, _)| *name == row.name);
         let measured = found.map(|(_, measured)| *measured);
         let measured = measured.ok_or_else(|| anyhow::anyhow!("{} was not measured", row.name))?;
         missed += usize::from(!row.is_ok(measured));
@@ -62,9 +76,12 @@ pub fn run(options: &BenchOptions) -> anyhow::Result<ExitCode> {
         writeln!(
             out,
             "\n{} of {} rows reach their target.",
-            chosen.len() - missed,
+            chosen.len() - missed - skipped,
             chosen.len()
         )?;
+        if skipped > 0 {
+            writeln!(out, "{skipped} cannot be measured here.")?;
+        }
         if cfg!(debug_assertions) {
             writeln!(
                 out,

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::sample::Measured;
+use super::sample::{Measured, Outcome};
 use super::{chase, fault, metadata, stream, transfer};
 
 /// What is measured, and what it is to reach.
@@ -33,6 +33,8 @@ pub enum Target {
 pub(super) enum Group {
     Fault,
     Transfer { huge: bool },
+    Hugetlb,
+    File,
     Scan,
     Disjoint,
     Stream,
@@ -42,10 +44,12 @@ pub(super) enum Group {
 
 impl Group {
     /// Measures all rows of the group.
-    pub(super) fn measure(self) -> anyhow::Result<Vec<(&'static str, Measured)>> {
+    pub(super) fn measure(self) -> anyhow::Result<Outcome> {
         match self {
             Self::Fault => fault::latency(),
             Self::Transfer { huge } => transfer::both_ways(huge),
+            Self::Hugetlb => transfer::hugetlb(),
+            Self::File => stream::file(),
             Self::Scan => transfer::scan(),
             Self::Disjoint => fault::disjoint(),
             Self::Stream => stream::stream(),
@@ -102,6 +106,27 @@ pub const ROWS: &[Row] = &[
         group: Group::Transfer { huge: true },
     },
     Row {
+        name: "hugetlb_to_device",
+        unit: "GB/s",
+        target: AtLeast(0.80),
+        what: "one migrate call, 256 MiB of hugetlbfs; floor: memcpy by one thread",
+        group: Group::Hugetlb,
+    },
+    Row {
+        name: "hugetlb_to_system",
+        unit: "GB/s",
+        target: AtLeast(0.80),
+        what: "one evict call, 256 MiB of hugetlbfs; floor: memcpy by one thread",
+        group: Group::Hugetlb,
+    },
+    Row {
+        name: "mirror_file_read",
+        unit: "GB/s",
+        target: AtLeast(0.50),
+        what: "a kernel reads a page-cached file of 256 MiB in place; floor: memcpy",
+        group: Group::File,
+    },
+    Row {
         name: "scan_256m",
         unit: "GB/s",
         target: AtLeast(0.60),
@@ -148,14 +173,16 @@ pub const ROWS: &[Row] = &[
 
 /// One line of the JSON.
 #[derive(Debug, Serialize)]
-pub(super) struct RowResult {
+pub(super) struct RowResult<'a> {
     name: &'static str,
-    value: f64,
+    value: Option<f64>,
     unit: &'static str,
     floor: Option<f64>,
     ratio: Option<f64>,
     target: f64,
-    ok: bool,
+    ok: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    skipped: Option<&'a str>,
 }
 
 impl Row {
@@ -175,16 +202,52 @@ impl Row {
         }
     }
 
-    pub(super) fn result(&self, measured: Measured) -> RowResult {
+    pub(super) fn result(&self, measured: Measured) -> RowResult<'static> {
         let (AtMost(target) | AtLeast(target)) = self.target;
         RowResult {
             name: self.name,
-            value: rounded(measured.value),
+            value: Some(rounded(measured.value)),
             unit: self.unit,
             floor: measured.floor.map(rounded),
             ratio: measured.ratio.map(rounded),
             target,
-            ok: self.is_ok(measured),
+            ok: Some(self.is_ok(measured)),
+            skipped: None,
+        }
+    }
+
+    /// The line of a row that cannot be measured here.
+    pub(super) const fn skipped<'a>(&self, why: &'a str) -> RowResult<'a> {
+        let (AtMost(target) | AtLeast(target)) = self.target;
+        RowResult {
+            name: self.name,
+            value: None,
+            unit: self.unit,
+            floor: None,
+            ratio: None,
+            target,
+            ok: None,
+            skipped: Some(why),
+        }
+    }
+
+    pub(super) fn cells_skipped(&self, why: &str) -> [String; 7] {
+        let none = || "-".to_owned();
+        [
+            self.name.to_owned(),
+            none(),
+            none(),
+            none(),
+            self.bound(),
+            "SKIPPED".to_owned(),
+            why.to_owned(),
+        ]
+    }
+
+    fn bound(&self) -> String {
+        match self.target {
+            AtMost(most) => format!("<= {most:.2}"),
+            AtLeast(least) => format!(">= {least:.2}"),
         }
     }
 
@@ -202,10 +265,7 @@ impl Row {
             format!("{} {}", number(measured.value), self.unit),
             maybe(measured.floor),
             maybe(measured.ratio),
-            match self.target {
-                AtMost(most) => format!("<= {most:.2}"),
-                AtLeast(least) => format!(">= {least:.2}"),
-            },
+            self.bound(),
             if self.is_ok(measured) { "ok" } else { "MISSED" }.to_owned(),
             self.what.to_owned(),
         ]

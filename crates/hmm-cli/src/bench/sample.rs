@@ -16,6 +16,15 @@ pub struct Measured {
     pub ratio: Option<f64>,
 }
 
+/// What measuring a group of rows came to.
+#[derive(Debug)]
+pub enum Outcome {
+    /// Each row's name and numbers.
+    Measured(Vec<(&'static str, Measured)>),
+    /// It cannot be measured here: why, and what to do.
+    Skipped(String),
+}
+
 /// Pairs of floor and value, each pair measured in one go.
 #[derive(Debug, Default)]
 pub struct Pairs {

@@ -9,7 +9,8 @@ use hmm::{
     SoftwareOptions,
 };
 
-use super::sample::{Measured, Pairs, ROUNDS, gb_per_s, timed};
+use super::pool::Pool;
+use super::sample::{Outcome, Pairs, ROUNDS, gb_per_s, timed};
 use crate::floor::Area;
 
 /// What is moved.
@@ -30,13 +31,14 @@ pub fn open(workers: usize) -> anyhow::Result<(Hmm, SoftwareDevice)> {
 }
 
 /// memcpy between two areas whose pages are all there.
-struct Memcpy {
+pub struct Memcpy {
     from: Area,
     to: Area,
 }
 
 impl Memcpy {
-    fn new(huge: bool) -> anyhow::Result<Self> {
+    /// Of huge pages or of none.
+    pub fn new(huge: bool) -> anyhow::Result<Self> {
         Ok(Self {
             from: Area::filled(SIZE, huge)?,
             to: Area::filled(SIZE, huge)?,
@@ -44,7 +46,7 @@ impl Memcpy {
     }
 
     /// GB/s.
-    fn measure(&mut self) -> f64 {
+    pub fn measure(&mut self) -> f64 {
         let (from, to) = (self.from.words(), self.to.words_mut());
         let (time, ()) = timed(|| to.copy_from_slice(from));
         std::hint::black_box(to);
@@ -53,18 +55,36 @@ impl Memcpy {
 }
 
 /// One `migrate` call, and one `evict` call.
-pub fn both_ways(huge: bool) -> anyhow::Result<Vec<(&'static str, Measured)>> {
+pub fn both_ways(huge: bool) -> anyhow::Result<Outcome> {
+    let names = if huge {
+        ["to_device_256m_thp", "to_system_256m_thp"]
+    } else {
+        ["to_device_256m", "to_system_256m"]
+    };
+    there_and_back(&Area::filled(SIZE, huge)?, huge, names)
+}
+
+/// The same with huge pages of hugetlbfs.
+pub fn hugetlb() -> anyhow::Result<Outcome> {
+    let _pool = match Pool::of(SIZE) {
+        Ok(pool) => pool,
+        Err(why) => return Ok(Outcome::Skipped(why)),
+    };
+    let names = ["hugetlb_to_device", "hugetlb_to_system"];
+    there_and_back(&Area::hugetlb(SIZE)?, true, names)
+}
+
+fn there_and_back(area: &Area, huge: bool, names: [&'static str; 2]) -> anyhow::Result<Outcome> {
     let (hmm, device) = open(1)?;
     let mut memcpy = Memcpy::new(huge)?;
-    let area = Area::filled(SIZE, huge)?;
     let (mut to_device, mut to_system) = (Pairs::default(), Pairs::default());
     for round in 0..=ROUNDS {
         let floor = memcpy.measure();
-        let (time, report) = timed(|| to(&hmm, &area, Some(device.id())));
+        let (time, report) = timed(|| to(&hmm, area, Some(device.id())));
         report?;
         let value = gb_per_s(SIZE.get(), time);
         let floor_back = memcpy.measure();
-        let (time, report) = timed(|| to(&hmm, &area, None));
+        let (time, report) = timed(|| to(&hmm, area, None));
         report?;
         let value_back = gb_per_s(SIZE.get(), time);
         // The first round registers the memory and fills the staging: what a
@@ -75,15 +95,10 @@ pub fn both_ways(huge: bool) -> anyhow::Result<Vec<(&'static str, Measured)>> {
         }
     }
     hmm.shutdown()?;
-    let names = if huge {
-        ["to_device_256m_thp", "to_system_256m_thp"]
-    } else {
-        ["to_device_256m", "to_system_256m"]
-    };
-    Ok(vec![
+    Ok(Outcome::Measured(vec![
         (names[0], to_device.measured()),
         (names[1], to_system.measured()),
-    ])
+    ]))
 }
 
 /// All of an area to a device, or home.
@@ -102,6 +117,21 @@ pub fn finds(
     right: u64,
     kernel: impl Fn(&Context) -> Result<u64, KernelError> + Sync,
 ) -> anyhow::Result<LaunchReport> {
+    let report = launch(device, right, kernel)?;
+    ensure!(
+        report.faults == 0,
+        "{} pages were not on the device",
+        report.faults
+    );
+    Ok(report)
+}
+
+/// Runs a kernel that reads memory, and checks what it finds.
+pub fn launch(
+    device: &SoftwareDevice,
+    right: u64,
+    kernel: impl Fn(&Context) -> Result<u64, KernelError> + Sync,
+) -> anyhow::Result<LaunchReport> {
     // A static: the kernel's own store must not take a page of the stack along.
     static FOUND: AtomicU64 = AtomicU64::new(0);
     let report = device.launch(1, |context, _| {
@@ -112,16 +142,11 @@ pub fn finds(
         FOUND.load(Ordering::Relaxed) == right,
         "the device read wrong data"
     );
-    ensure!(
-        report.faults == 0,
-        "{} pages were not on the device",
-        report.faults
-    );
     Ok(report)
 }
 
 /// The CPU reads what is all on the device.
-pub fn scan() -> anyhow::Result<Vec<(&'static str, Measured)>> {
+pub fn scan() -> anyhow::Result<Outcome> {
     let (hmm, device) = open(1)?;
     let mut memcpy = Memcpy::new(false)?;
     let area = Area::filled(SIZE, false)?;
@@ -140,7 +165,7 @@ pub fn scan() -> anyhow::Result<Vec<(&'static str, Measured)>> {
         }
     }
     hmm.shutdown()?;
-    Ok(vec![("scan_256m", pairs.measured())])
+    Ok(Outcome::Measured(vec![("scan_256m", pairs.measured())]))
 }
 
 /// Sum of all words.

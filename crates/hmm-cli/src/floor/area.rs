@@ -1,10 +1,12 @@
 //! Memory to measure with.
 
+use std::fs::File;
 use std::io;
 use std::ptr::NonNull;
 
+use anyhow::Context;
 use hmm::{ByteCount, PAGE_SIZE, PageCount, PageRange, VirtAddr};
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
 /// Alignment of every area: that of a transparent huge page.
 const ALIGN_BYTES: usize = 2 << 20;
@@ -60,11 +62,67 @@ impl Area {
 
     /// The same, with a different number in each word.
     pub fn filled(size: ByteCount, huge: bool) -> io::Result<Self> {
-        let mut area = Self::new(size, huge)?;
-        for (number, word) in (0u64..).zip(area.words_mut()) {
+        Ok(Self::new(size, huge)?.fill())
+    }
+
+    /// Memory of huge pages from hugetlbfs, with numbers.
+    pub fn hugetlb(size: ByteCount) -> io::Result<Self> {
+        let flags = MapFlags::PRIVATE | MapFlags::HUGETLB;
+        let bytes = size.whole_pages().index() * page_bytes();
+        // SAFETY: a new mapping, at an address of the kernel's choice.
+        let mapping = unsafe {
+            let access = ProtFlags::READ | ProtFlags::WRITE;
+            mmap_anonymous(std::ptr::null_mut(), bytes, access, flags)
+        }?;
+        Ok(Self::whole(mapping, bytes)?.fill())
+    }
+
+    /// A file without a name, mapped, with numbers: its pages are the page cache's.
+    pub fn file(size: ByteCount) -> anyhow::Result<Self> {
+        let bytes = size.whole_pages().index() * page_bytes();
+        let name = format!("hmm-bench-{}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        let options = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .clone();
+        let file = options
+            .open(&path)
+            .with_context(|| format!("cannot make a file at {}", path.display()))?;
+        std::fs::remove_file(&path)?;
+        file.set_len(size.get())?;
+        // SAFETY: a new mapping, at an address of the kernel's choice, of a file
+        // that nobody else has.
+        let mapping = unsafe {
+            let access = ProtFlags::READ | ProtFlags::WRITE;
+            mmap(
+                std::ptr::null_mut(),
+                bytes,
+                access,
+                MapFlags::SHARED,
+                &file,
+                0,
+            )
+        }?;
+        Ok(Self::whole(mapping, bytes)?.fill())
+    }
+
+    fn whole(mapping: *mut std::ffi::c_void, bytes: usize) -> io::Result<Self> {
+        let start = NonNull::new(mapping.cast::<u64>()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self {
+            mapping: start,
+            mapping_bytes: bytes,
+            start,
+            words: bytes / size_of::<u64>(),
+        })
+    }
+
+    fn fill(mut self) -> Self {
+        for (number, word) in (0u64..).zip(self.words_mut()) {
             *word = number.wrapping_mul(0x9E37_79B9_7F4A_7C15);
         }
-        Ok(area)
+        self
     }
 
     /// The memory, as requests to the engine name it.
