@@ -165,6 +165,10 @@ impl Engine<'_> {
     ) -> Result<Resolution, DeviceFaultError> {
         let page = PageRange::from_pages(address.page_floor(), PageCount::ONE);
         let reason = match Self::immovable(mapping) {
+            // No memory that belongs to the process alone, nor a file's.
+            Some(reason @ StayReason::Special) => {
+                return Err(DeviceFaultError::Unreachable { address, reason });
+            }
             Some(reason) => reason,
             // Its memory and the CPU's are the same to it.
             None if self.is_coherent(device) => StayReason::Limit,

@@ -148,28 +148,31 @@ impl Engine<'_> {
             }
             hole = self
                 .present_pages(range)
-                .is_some_and(|present| present.is_empty());
+                .is_some_and(|(present, _)| present.is_empty());
         }
         if !hole {
             protect(true)?;
             inner.protected = block.is_hugetlb();
         }
         // Looked at under write protection: a page that is there stays as it is.
-        let Some(present) = self.present_pages(range) else {
+        let Some((present, unguarded)) = self.present_pages(range) else {
             let _ = self.space.write_protect(range, false);
             return Err(stayed(StayReason::Limit));
         };
+        if unguarded == 0 {
+            return Err(stayed(StayReason::NoAccess));
+        }
+        let range = range.slice(0, unguarded as u64);
         if !self.space.is_quiet() {
             // What was seen may be somewhere else by now. A protection that
             // stays behind costs a fault.
             return Err(None);
         }
         self.invalidate(inner, range);
-        let pages = u32::try_from(here).unwrap_or(0);
+        let pages = u32::try_from(unguarded).unwrap_or(0);
         for index in piece.first..piece.first + pages {
             inner.set(index, PageState::Copying);
         }
-        debug_assert!(here <= PAGES_PER_BLOCK);
         let flight = Flight {
             block: piece.block,
             first: piece.first,
@@ -180,10 +183,16 @@ impl Engine<'_> {
         Ok((flight, range))
     }
 
-    /// Which pages of a range are there. `None` when that cannot be read.
-    fn present_pages(&self, range: PageRange) -> Option<PageSet> {
+    /// Which pages of a range are there, and how many come before a guard. `None`
+    /// when that cannot be read.
+    fn present_pages(&self, range: PageRange) -> Option<(PageSet, usize)> {
         let mut present = PageSet::EMPTY;
+        let mut unguarded = range.pages().index();
         let scan = self.space.presence(range, &mut |span, presence| {
+            if presence == Presence::Guard {
+                let at = PageCount::new(span.start().pages_since(range.start()));
+                unguarded = unguarded.min(at.index());
+            }
             if matches!(presence, Presence::Present { .. }) {
                 let from = span.start().pages_since(range.start());
                 for page in from..from + span.pages().get() {
@@ -191,7 +200,7 @@ impl Engine<'_> {
                 }
             }
         });
-        scan.ok().map(|()| present)
+        scan.ok().map(|()| (present, unguarded))
     }
 
     pub(crate) fn copy_protected(

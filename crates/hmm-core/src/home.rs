@@ -487,6 +487,13 @@ impl Engine<'_> {
                 step.passed += 1;
                 Claimed::Nothing
             }
+            Some(Stop::Exists) if self.is_guarded(place) => {
+                inner.set(index, PageState::System);
+                self.staging.lock().put_used(page, self.reuses_pages());
+                self.space.wake(SpaceId::OWN, place);
+                step.passed += 1;
+                Claimed::Nothing
+            }
             Some(Stop::Again | Stop::NoMemory | Stop::NotMapped) => Claimed::Again,
             Some(stop) => unreachable!("a staged page cannot go back to {place}: {stop:?}"),
         }
@@ -660,7 +667,16 @@ impl Engine<'_> {
         }
         *offset += placed;
         if progress.stop == Some(Stop::Exists) {
-            unreachable!("there is a page at {place} already, where one comes home");
+            let (at, index) = (place.slice(u64::from(placed), 1), index + placed);
+            assert!(
+                self.is_guarded(at),
+                "there is a page at {at} already, where one comes home"
+            );
+            self.drop_claimed(&mut inner, claim, from, landing, *offset, Some(at));
+            inner.set(index, PageState::System);
+            *offset += 1;
+            let placed = (placed > 0).then(|| place.slice(0, u64::from(placed)));
+            return (placed, None);
         }
         inner.tidy();
         let placed = (placed > 0).then(|| place.slice(0, u64::from(placed)));
@@ -844,6 +860,8 @@ impl Engine<'_> {
                 true
             }
             Some(Stop::Again | Stop::NoMemory) => false,
+            // Whoever touches a guard gets a signal as it is.
+            Some(Stop::Exists) if self.is_guarded(place.slice(0, 1)) => true,
             Some(stop) => panic!(
                 "the data of {place} is lost with its device ({error}), and this kernel cannot \
                  mark the page ({stop:?}); zeros in its place would be wrong data"

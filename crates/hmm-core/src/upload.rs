@@ -285,7 +285,12 @@ impl Engine<'_> {
         let range = piece.range().slice(0, here as u64);
         let mut present = PageSet::EMPTY;
         let mut huge_pages = 0;
+        let mut guard = here;
         let scan = self.space.presence(range, &mut |span, presence| {
+            if presence == Presence::Guard {
+                let at = PageCount::new(span.start().pages_since(range.start()));
+                guard = guard.min(at.index());
+            }
             if let Presence::Present { huge } = presence {
                 let from = span.start().pages_since(range.start());
                 for page in from..from + span.pages().get() {
@@ -299,7 +304,10 @@ impl Engine<'_> {
         }
         // A page that madvise announced to drop but that is still there: the
         // drop is under way, and would miss the page if it left now.
-        let sound = (0..here)
+        if guard == 0 {
+            return Err(stayed(StayReason::NoAccess));
+        }
+        let sound = (0..guard)
             .take_while(|&offset| {
                 let index = piece.first + u32::try_from(offset).unwrap_or(0);
                 inner.state(index) != PageState::Discarded || !present.contains(offset)
@@ -484,6 +492,16 @@ impl Engine<'_> {
         }
     }
 
+    /// Whether the program has put a guard where a page was away, which the kernel
+    /// tells nobody: the page is dropped.
+    pub(crate) fn is_guarded(&self, page: PageRange) -> bool {
+        let mut guarded = false;
+        let looked = self.space.presence(page, &mut |_, presence| {
+            guarded = presence == Presence::Guard;
+        });
+        looked.is_ok() && guarded
+    }
+
     /// The state of a page that the program removed in flight.
     pub(crate) fn after_removal(block: &Block, index: u32) -> PageState {
         if block.place_of(index, 1).is_some() {
@@ -581,6 +599,13 @@ impl Engine<'_> {
                         .lock()
                         .put_used(staging_page, self.reuses_pages());
                 }
+                inner.set(index, PageState::System);
+                self.space.wake(SpaceId::OWN, place);
+            }
+            Some(Stop::Exists) if self.is_guarded(place) => {
+                self.staging
+                    .lock()
+                    .put_used(staging_page, self.reuses_pages());
                 inner.set(index, PageState::System);
                 self.space.wake(SpaceId::OWN, place);
             }

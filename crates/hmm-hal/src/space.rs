@@ -63,6 +63,9 @@ pub enum Presence {
         /// Mapped by a huge entry.
         huge: bool,
     },
+    /// A guard (MADV_GUARD_INSTALL): touching it raises SIGSEGV. Kernels from
+    /// before Linux 6.16 call it present.
+    Guard,
 }
 
 /// What a device that mirrors the CPU's page table wants to know of a page that

@@ -22,6 +22,7 @@ const WORDS: usize = 512;
 const HUGE: u64 = raw::PAGE_IS_HUGE as u64;
 const ZERO: u64 = raw::PAGE_IS_PFNZERO as u64;
 const FILE: u64 = raw::PAGE_IS_FILE as u64;
+const GUARD: u64 = raw::PAGE_IS_GUARD as u64;
 /// Bits 63 and 62, 61, and 56 of a word, in its last byte.
 const PRESENT_OR_SWAPPED: u8 = 0b1100_0000;
 const FILE_OR_SHARED: u8 = 0b0010_0000;
@@ -32,6 +33,8 @@ const EXCLUSIVE: u8 = 0b0000_0001;
 pub(crate) struct Pagemap {
     fd: OwnedFd,
     scan: bool,
+    /// The category of guards, if the kernel has one.
+    guard: u64,
 }
 
 impl Pagemap {
@@ -39,9 +42,16 @@ impl Pagemap {
     pub(crate) fn open(allow_scan: bool) -> Result<Self> {
         let flags = OFlags::CLOEXEC | OFlags::RDONLY;
         let fd = open(c"/proc/self/pagemap", flags, Mode::empty())?;
-        let mut map = Self { fd, scan: false };
+        let mut map = Self {
+            fd,
+            scan: false,
+            guard: 0,
+        };
         let page = PageRange::span(VirtAddr::new(PAGE_SIZE), VirtAddr::new(2 * PAGE_SIZE));
         map.scan = allow_scan && map.visit_scan(page, &mut |_, _| {}).is_ok();
+        if map.scan && map.scan(page, GUARD, &mut |_, _| {}).is_ok() {
+            map.guard = GUARD;
+        }
         Ok(map)
     }
 
@@ -69,12 +79,17 @@ impl Pagemap {
         visit: &mut dyn FnMut(PageRange, Presence),
     ) -> Result<()> {
         let mut visited = range.start();
-        self.scan(range, 0, &mut |span, categories| {
+        self.scan(range, self.guard, &mut |span, categories| {
             if visited < span.start() {
                 visit(PageRange::span(visited, span.start()), Presence::Hole);
             }
             let huge = categories & HUGE != 0;
-            visit(span, Presence::Present { huge });
+            let found = if categories & self.guard == 0 {
+                Presence::Present { huge }
+            } else {
+                Presence::Guard
+            };
+            visit(span, found);
             visited = span.end();
         })?;
         if visited < range.end() {
@@ -102,8 +117,10 @@ impl Pagemap {
         };
         if self.scan {
             let mut result = Ok(());
-            self.scan(range, ZERO | FILE, &mut |span, categories| {
-                result = result.and_then(|()| spans(span, categories));
+            self.scan(range, ZERO | FILE | self.guard, &mut |span, categories| {
+                if categories & self.guard == 0 {
+                    result = result.and_then(|()| spans(span, categories));
+                }
             })?;
             return result;
         }

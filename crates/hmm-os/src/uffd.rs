@@ -366,7 +366,9 @@ fn uncounted(pagemap: &Pagemap, from: PageRange, to: VirtAddr) -> u64 {
         len
     };
     let there = PageRange::from_pages(to, from.pages());
-    let arrived = leading(there, |presence| presence != Presence::Hole);
+    let arrived = leading(there, |presence| {
+        matches!(presence, Presence::Present { .. })
+    });
     match arrived {
         0 => 0,
         _ => leading(from.slice(0, arrived), |presence| {
