@@ -225,7 +225,7 @@ impl Engine<'_> {
             let whole = block
                 .place_of(0, BLOCK_PAGES)
                 .is_some_and(|place| place.pages().get() == u64::from(BLOCK_PAGES));
-            if !(inner.huge && whole) {
+            if !((inner.huge || block.is_hugetlb()) && whole) {
                 continue;
             }
             let PageState::Device { device, .. } = inner.state(0) else {

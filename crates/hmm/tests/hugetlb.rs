@@ -12,7 +12,7 @@ use common::{
     HUGE, Map, PAGE, WORDS, adds_up, all_free, device, engine, fetch, fork, nothing_staged,
     on_device, send, wait, watchdog,
 };
-use hmm::{Hmm, Pointer, SoftwareDevice, StayReason};
+use hmm::{Hmm, MirrorEntry, Pointer, SoftwareDevice, StayReason};
 
 const SETTING: &str = "/proc/sys/vm/nr_hugepages";
 
@@ -287,6 +287,48 @@ fn a_child_has_what_the_parent_had() {
     });
     assert_eq!(wait(child), 0);
     drop(map);
+    end(hmm, &device);
+}
+
+/// A mirror sees huge pages, here and on the device, shared ones as well.
+#[test]
+fn a_mirror_sees_huge_pages() {
+    let _pool = pool!(6);
+    let _dog = watchdog("a_mirror_sees_huge_pages", 60);
+    let (hmm, device) = engine(16);
+    let (map, shared) = (huge(3), huge_with(2, libc::MAP_SHARED));
+    map.fill_part(0, 2 * HUGE, 12);
+    shared.fill(12);
+    send(&hmm, map.part(HUGE, HUGE), &device);
+    let here = |entry: &MirrorEntry| {
+        matches!(
+            entry,
+            MirrorEntry::System {
+                write: true,
+                huge: true,
+                ..
+            }
+        )
+    };
+    let entries = hmm.snapshot(map.range()).unwrap();
+    assert!(entries[..HUGE].iter().all(here), "{:?}", entries[0]);
+    assert!(
+        entries[HUGE..2 * HUGE]
+            .iter()
+            .all(|entry| matches!(entry, MirrorEntry::Away { huge: true, .. })),
+        "{:?}",
+        entries[HUGE]
+    );
+    assert!(
+        entries[2 * HUGE..]
+            .iter()
+            .all(|entry| *entry == MirrorEntry::None),
+        "{:?}",
+        entries[2 * HUGE]
+    );
+    let entries = hmm.snapshot(shared.range()).unwrap();
+    assert!(entries.iter().all(here), "{:?}", entries[0]);
+    drop((map, shared));
     end(hmm, &device);
 }
 
