@@ -3,13 +3,13 @@
 use std::sync::atomic::Ordering::Relaxed;
 
 use hmm_hal::{FaultKind, Progress, SpaceId, Stop};
-use hmm_types::{PAGES_PER_BLOCK, PageCount, PageRange, VirtAddr};
+use hmm_types::{BLOCK_PAGES, PAGES_PER_BLOCK, PageCount, PageRange, VirtAddr};
 
 use crate::ahead::Planned;
 use crate::engine::Engine;
 use crate::executor::{BOUNCE_PAGES, Executor, QueuedFault};
 use crate::home::Home;
-use crate::map::{BlockInner, Piece};
+use crate::map::{BlockInner, Piece, SpaceMap};
 use crate::page::PageState;
 use crate::readahead::Plan;
 
@@ -106,7 +106,7 @@ impl Engine<'_> {
                 }
             }
             PageState::System | PageState::Discarded => {
-                let progress = self.fill_hole(&mut inner, piece);
+                let progress = self.fill_hole(&map, &mut inner, piece);
                 match progress.stop {
                     Some(Stop::Again) if progress.done == PageCount::ZERO => Found::Again,
                     // Behind the first page others may exist already; that is fine.
@@ -175,7 +175,7 @@ impl Engine<'_> {
             PageState::System | PageState::Discarded => {}
             _ => return Hole::Again,
         }
-        let progress = self.fill_hole(&mut inner, piece);
+        let progress = self.fill_hole(&map, &mut inner, piece);
         match progress.stop {
             _ if progress.done > PageCount::ZERO => Hole::Filled(progress.done.get()),
             Some(Stop::Again) => Hole::Again,
@@ -183,10 +183,16 @@ impl Engine<'_> {
         }
     }
 
-    /// Puts zeros where nobody has been yet, a few pages at a time.
-    fn fill_hole(&self, inner: &mut BlockInner, piece: Piece) -> Progress {
+    /// Puts zeros where nobody has been yet, a few pages at a time; all of a page
+    /// of hugetlbfs.
+    fn fill_hole(&self, map: &SpaceMap, inner: &mut BlockInner, piece: Piece) -> Progress {
         self.stats.zero_faults.fetch_add(1, Relaxed);
-        let pages = (0..piece.pages.min(ZERO_PAGES))
+        let (piece, most) = if map.block(piece.block).is_hugetlb() {
+            (map.undivided(piece), BLOCK_PAGES)
+        } else {
+            (piece, ZERO_PAGES)
+        };
+        let pages = (0..piece.pages.min(most))
             .take_while(|&offset| {
                 matches!(
                     inner.state(piece.first + offset),

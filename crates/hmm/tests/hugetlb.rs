@@ -9,10 +9,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use common::{
-    HUGE, Map, PAGE, WORDS, adds_up, all_free, device, engine, fetch, fork, nothing_staged,
-    on_device, send, wait, watchdog,
+    HUGE, Map, PAGE, WORDS, adds_up, all_free, device, engine, engine_of, fetch, fork,
+    nothing_staged, on_device, send, wait, watchdog,
 };
-use hmm::{Hmm, MirrorEntry, Pointer, SoftwareDevice, StayReason};
+use hmm::{Disable, Hmm, MirrorEntry, Pointer, SoftwareDevice, StayReason};
 
 const SETTING: &str = "/proc/sys/vm/nr_hugepages";
 
@@ -288,6 +288,57 @@ fn a_child_has_what_the_parent_had() {
     assert_eq!(wait(child), 0);
     drop(map);
     end(hmm, &device);
+}
+
+/// With what older kernels have, and as an ordinary user sees it.
+#[test]
+fn older_kernels_move_huge_pages_as_well() {
+    let _pool = pool!(14);
+    let _dog = watchdog("older_kernels_move_huge_pages_as_well", 60);
+    let without = Disable::default();
+    let kernels = [
+        Disable {
+            move_pages: true,
+            ..without
+        },
+        Disable {
+            move_pages: true,
+            pagemap_scan: true,
+            procmap_query: true,
+            ..without
+        },
+        Disable {
+            fork_events: true,
+            privileged: true,
+            ..without
+        },
+    ];
+    for disable in kernels {
+        let (hmm, device) = engine_of(Hmm::builder().disable(disable), 16);
+        let map = huge(4);
+        map.fill_part(0, 3 * HUGE, 13);
+        for round in 0..2 {
+            let report = send(&hmm, map.range(), &device);
+            assert_eq!(report.moved.get(), map.pages() as u64, "{disable:?}");
+            let child = fork(|| {
+                let found = map.wrong(0, 3 * HUGE, 13).is_none();
+                i32::from(!(found && map.not_zero(3 * HUGE, HUGE).is_none()))
+            });
+            assert_eq!(wait(child), 0, "{disable:?}, round {round}");
+            map.check_part(0, 3 * HUGE, 13);
+            map.check_zero(3 * HUGE, HUGE);
+        }
+        send(&hmm, map.range(), &device);
+        assert!(map.advise(HUGE, HUGE, libc::MADV_DONTNEED));
+        fetch(&hmm, map.part(2 * HUGE, HUGE));
+        map.check_part(0, HUGE, 13);
+        map.check_zero(HUGE, HUGE);
+        map.fill_part(HUGE, HUGE, 13);
+        send(&hmm, map.range(), &device);
+        map.check_part(0, 3 * HUGE, 13);
+        drop(map);
+        end(hmm, &device);
+    }
 }
 
 /// A mirror sees huge pages, here and on the device, shared ones as well.
