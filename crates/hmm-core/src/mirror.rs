@@ -89,6 +89,8 @@ pub enum MirrorEntry {
         write: bool,
         /// Part of a huge page.
         huge: bool,
+        /// Of one of a gigabyte.
+        gigantic: bool,
         /// The zero page.
         zero: bool,
         /// In this device's coherent memory.
@@ -172,13 +174,19 @@ impl Engine<'_> {
                 .any(|&(range, write): &(PageRange, bool)| write && range.contains(at))
         };
         self.space.cpu_pages(range, &mut |part, page| {
-            let CpuPage { huge, zero, own } = page;
+            let CpuPage {
+                huge,
+                gigantic,
+                zero,
+                own,
+            } = page;
             for (entry, at) in entries[slots(part)].iter_mut().zip(part.iter_pages()) {
                 if *entry == MirrorEntry::None {
                     let write = own && may_write(at);
                     *entry = MirrorEntry::System {
                         write,
                         huge,
+                        gigantic,
                         zero,
                         coherent: None,
                     };

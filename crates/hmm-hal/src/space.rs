@@ -74,6 +74,8 @@ pub enum Presence {
 pub struct CpuPage {
     /// Mapped by a huge entry.
     pub huge: bool,
+    /// Of a gigabyte (hugetlbfs).
+    pub gigantic: bool,
     /// The zero page.
     pub zero: bool,
     /// A write would change this very page, if the mapping allows writes: it
@@ -214,6 +216,7 @@ pub trait AddressSpace: Sync {
         self.presence(range, &mut |span, presence| {
             if let Presence::Present { huge } = presence {
                 let page = CpuPage {
+                    gigantic: false,
                     huge,
                     zero: false,
                     own: true,

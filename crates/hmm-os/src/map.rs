@@ -14,6 +14,7 @@ use rustix::io::{Errno, Result};
 use crate::abi;
 use crate::text::{Lines, decimal, hex};
 
+const GIGABYTE: u64 = 1 << 30;
 /// The name of memory that was mapped with MAP_HUGETLB. A private mapping of a
 /// file on hugetlbfs is another thing: what is dropped there reads as the file.
 const ANONYMOUS_HUGE: &[u8] = b"/anon_hugepage";
@@ -29,6 +30,8 @@ pub(crate) struct Vma {
     /// Pages of hugetlbfs that no file and no other process has, of 2 MiB as far
     /// as it is told.
     pub(crate) own_huge_pages: bool,
+    /// Pages of hugetlbfs of a gigabyte; only PROCMAP_QUERY tells.
+    pub(crate) gigantic: bool,
 }
 
 /// An open map.
@@ -143,6 +146,7 @@ impl Map {
             own_huge_pages: !shared
                 && query.vma_page_size == BLOCK_SIZE
                 && name.starts_with(ANONYMOUS_HUGE),
+            gigantic: query.vma_page_size == GIGABYTE,
         }))
     }
 
@@ -186,6 +190,7 @@ pub(crate) fn parse_line(line: &[u8]) -> Option<Vma> {
         shared: modes[3] == b's',
         // The text does not tell the size; pages of 1 GiB refuse later.
         own_huge_pages: modes[3] != b's' && name.starts_with(ANONYMOUS_HUGE),
+        gigantic: false,
     })
 }
 

@@ -112,7 +112,15 @@ impl Pagemap {
             let private = !zero && categories & FILE == 0;
             self.each_word(span, &mut |page, word| {
                 let own = shared || (private && word[7] & EXCLUSIVE != 0);
-                visit(page, CpuPage { huge, zero, own });
+                visit(
+                    page,
+                    CpuPage {
+                        huge,
+                        gigantic: false,
+                        zero,
+                        own,
+                    },
+                );
             })
         };
         if self.scan {
@@ -130,7 +138,15 @@ impl Pagemap {
                 let anonymous = word[7] & FILE_OR_SHARED == 0;
                 let own = shared || (anonymous && word[7] & EXCLUSIVE != 0);
                 let (huge, zero) = (false, false);
-                visit(page, CpuPage { huge, zero, own });
+                visit(
+                    page,
+                    CpuPage {
+                        huge,
+                        gigantic: false,
+                        zero,
+                        own,
+                    },
+                );
             }
         })
     }

@@ -483,7 +483,11 @@ impl AddressSpace for LinuxSpace {
         let mut seen = Ok(());
         let found = parts.map.visit(range, &mut |vma| {
             if let Some(part) = vma.range.intersection(range) {
-                seen = seen.and_then(|()| parts.pagemap.visit_pages(part, vma.shared, visit));
+                let mut visit = |part, page| {
+                    let gigantic = vma.gigantic;
+                    visit(part, CpuPage { gigantic, ..page });
+                };
+                seen = seen.and_then(|()| parts.pagemap.visit_pages(part, vma.shared, &mut visit));
             }
         });
         found

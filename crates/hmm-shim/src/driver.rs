@@ -497,6 +497,7 @@ impl Job<'_> {
             MirrorEntry::System {
                 write,
                 huge,
+                gigantic,
                 zero,
                 coherent,
             } => {
@@ -506,7 +507,8 @@ impl Job<'_> {
                     None if zero && !huge => prot::ZERO,
                     None => 0,
                 };
-                place | access(write) | size(huge)
+                let size = if gigantic { prot::PUD } else { size(huge) };
+                place | access(write) | size
             }
             MirrorEntry::Away {
                 residency: PageResidency::Device(device),

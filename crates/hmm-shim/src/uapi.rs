@@ -75,6 +75,7 @@ pub(crate) mod prot {
     pub(crate) const READ: u8 = 0x01;
     pub(crate) const WRITE: u8 = 0x02;
     pub(crate) const PMD: u8 = 0x04;
+    pub(crate) const PUD: u8 = 0x08;
     pub(crate) const ZERO: u8 = 0x10;
     pub(crate) const DEV_PRIVATE_LOCAL: u8 = 0x20;
     pub(crate) const DEV_COHERENT_LOCAL: u8 = 0x40;

@@ -383,6 +383,47 @@ fn a_mirror_sees_huge_pages() {
     end(hmm, &device);
 }
 
+/// Pages of a gigabyte stay, and devices use them in place.
+#[test]
+fn a_page_of_a_gigabyte_is_used_in_place() {
+    const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages";
+    const MAP_HUGE_1GB: i32 = 30 << 26;
+    const GIGABYTE: usize = 262_144;
+    let _pool = pool!(0);
+    let _dog = watchdog("a_page_of_a_gigabyte_is_used_in_place", 60);
+    let reserve = |pages: &str| std::fs::write(POOL, pages);
+    let reserved = reserve("1").and_then(|()| std::fs::read_to_string(POOL));
+    match &reserved {
+        Ok(pages) if pages.trim() == "1" => {}
+        other => {
+            let _ = reserve("0");
+            skip!("no page of 1 GiB can be reserved: {other:?}");
+        }
+    }
+    let (hmm, device) = engine(16);
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_HUGETLB | MAP_HUGE_1GB;
+    let map = Map::with(GIGABYTE, access, flags, -1);
+    map.fill_part(1000, 10, 14);
+    let report = hmm.migrate(map.part(1000, 10), device.id()).unwrap();
+    assert_eq!(report.stayed[0].reason, StayReason::HugeTlb, "{report}");
+    add_by_device(&device, &map, 1000 * WORDS, 5);
+    add_by_device(&device, &map, 200_000 * WORDS, 5);
+    assert_eq!(map.get(1000 * WORDS), common::pattern(14, 1000 * WORDS) + 5);
+    assert_eq!(map.get(200_000 * WORDS), 5);
+    let entries = hmm.snapshot(map.part(1000, 10)).unwrap();
+    assert!(
+        entries
+            .iter()
+            .all(|entry| matches!(entry, MirrorEntry::System { gigantic: true, .. })),
+        "{:?}",
+        entries[0]
+    );
+    drop(map);
+    end(hmm, &device);
+    reserve("0").unwrap();
+}
+
 /// The kernel has no page left to put the data into: it stays where it is, who
 /// touches it waits, and has it as soon as there is one.
 #[test]
