@@ -19,6 +19,9 @@ use crate::map::SpaceMap;
 use crate::page::PageState;
 use crate::staging::StagingPage;
 
+/// How often a huge page is tried at a time.
+const HUGE_TRIES: u32 = 64;
+
 /// A page that a child has not got yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Owed {
@@ -285,7 +288,7 @@ impl Engine<'_> {
                 return Some(self.give_huge_page(executor, space, start.block_floor()));
             }
             for (slot, owed) in run.iter_mut().zip(&child.owed[from..]) {
-                if owed.page != start.plus_pages(len) {
+                if owed.page != start.plus_pages(len) || owed.hugetlb {
                     break;
                 }
                 let Source::Frame { device, frame } = owed.source else {
@@ -338,14 +341,16 @@ impl Engine<'_> {
             .zip(0..)
             .all(|(owed, index)| self.read_owed(owed, room.start().plus_pages(index)).is_ok());
         let from = readable.then_some(room.start());
-        let mut attempt = 0;
-        let given = loop {
-            match self.place_huge_page(space, page, &owed, from) {
-                Some(given) => break given,
-                None if self.wait_for_events(executor, attempt) => attempt += 1,
-                None => break 0,
-            }
-        };
+        // The child may get no page from the pool for long: others have their turn.
+        let given = (0..HUGE_TRIES)
+            .find_map(|attempt| {
+                let given = self.place_huge_page(space, page, &owed, from);
+                if given.is_none() {
+                    self.wait_for_events(executor, attempt);
+                }
+                given
+            })
+            .unwrap_or(0);
         owed.into_iter().for_each(|owed| self.settle(owed));
         given
     }
@@ -518,6 +523,7 @@ impl Engine<'_> {
     /// of those that are owed nothing. True when no child is left.
     pub fn drain_children(&self, executor: &mut Executor, pages: u64) -> bool {
         let mut given = 0;
+        let mut blocked = 0;
         while given < pages {
             let next = {
                 let _gate = self.gate.read();
@@ -548,7 +554,17 @@ impl Engine<'_> {
                 }
             };
             if let Some((space, start)) = next {
-                given += self.give_run(executor, space, start).unwrap_or(1).max(1);
+                let now = self.give_run(executor, space, start).unwrap_or(1);
+                given += now;
+                if now == 0 {
+                    // A huge page that the child cannot get: another child's turn.
+                    let mut children = self.children.lock();
+                    blocked += 1;
+                    if blocked >= children.0.len() {
+                        return false;
+                    }
+                    children.0.rotate_left(1);
+                }
             }
         }
         false

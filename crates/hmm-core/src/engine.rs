@@ -239,11 +239,24 @@ impl<'env> Engine<'env> {
             slot.forget_in_place();
         }
         let home = self.bring_all_home(executor, None);
-        let clean = home & self.drain_children(executor, u64::MAX);
+        let clean = home & self.drain_all_children(executor);
         if clean {
             self.unwatch_all();
         }
         clean
+    }
+
+    /// A child may wait for a huge page of the kernel's for a while.
+    fn drain_all_children(&self, executor: &mut Executor) -> bool {
+        const PATIENCE_NS: u64 = 10_000_000_000;
+        let since = self.clock.now_ns();
+        while !self.drain_children(executor, u64::MAX) {
+            if self.clock.now_ns().saturating_sub(since) > PATIENCE_NS {
+                return false;
+            }
+            self.space.relax();
+        }
+        true
     }
 
     /// Lets all registered memory go: from here on it is the program's alone.

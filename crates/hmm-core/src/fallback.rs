@@ -28,6 +28,15 @@ use crate::page::PageState;
 use crate::staging::PageSet;
 use crate::upload::{Fate, Flight, Passed, Target};
 
+/// Whether a page that was reported as dropped was dropped by the engine.
+#[derive(Clone, Copy)]
+enum Ours {
+    Yes,
+    No,
+    /// If it is still there.
+    IfAt(VirtAddr),
+}
+
 /// Parts of a run that fit into bounce memory.
 fn chunks((first, pages, data): (u32, u32, bool)) -> impl Iterator<Item = (u32, u32, bool)> {
     (0..pages).step_by(BOUNCE_LEN).map(move |from| {
@@ -84,7 +93,7 @@ impl Engine<'_> {
         }
         let frames = frames.slice(0, flight.pages);
         let passed = match self.copy_protected(executor, &flight, place, frames, target.device) {
-            Ok(()) => match self.drop_protected(&flight, place, frames, target.device) {
+            Ok(()) => match self.drop_protected(executor, &flight, place, frames, target.device) {
                 Ok(()) => {
                     self.stats
                         .fallback_pages
@@ -92,12 +101,13 @@ impl Engine<'_> {
                     self.commit_out(&flight, frames, target, whole)
                 }
                 Err(dropped) => {
+                    let dropped = Some(dropped);
                     self.release_protected(executor, &flight, place, frames, target, dropped);
                     Passed::new(u64::from(flight.pages), Fate::Stayed(StayReason::Locked))
                 }
             },
             Err(reason) => {
-                self.release_protected(executor, &flight, place, frames, target, 0);
+                self.release_protected(executor, &flight, place, frames, target, None);
                 Passed::new(u64::from(flight.pages), Fate::Stayed(reason))
             }
         };
@@ -269,9 +279,11 @@ impl Engine<'_> {
     /// # Errors
     /// How many pages it has dropped before the kernel refused, or before one
     /// that has been remapped since they were claimed: what was copied of it
-    /// may be something else.
+    /// may be something else. All, if a drop was not reported where it should
+    /// be: then the page had been remapped, and something else was dropped.
     fn drop_protected(
         &self,
+        executor: &mut Executor,
         flight: &Flight,
         claimed: PageRange,
         frames: FrameRange,
@@ -292,7 +304,53 @@ impl Engine<'_> {
             }
             offset += pages;
         }
-        Ok(())
+        if self.is_dropped(executor, flight, claimed) {
+            Ok(())
+        } else {
+            Err(flight.pages)
+        }
+    }
+
+    /// Whether all of a flight is gone from the program. The drop went by address:
+    /// memory that was remapped in between, and left its mapping behind
+    /// (MREMAP_DONTUNMAP), is still there.
+    pub(crate) fn is_dropped(
+        &self,
+        executor: &mut Executor,
+        flight: &Flight,
+        claimed: PageRange,
+    ) -> bool {
+        let mut attempt = 0;
+        loop {
+            match self.was_dropped(flight, claimed) {
+                Some(dropped) => return dropped,
+                None if self.wait_for_events(executor, attempt) => attempt += 1,
+                None => return false,
+            }
+        }
+    }
+
+    /// `None` while a change is under way that may be a remap of the pages.
+    fn was_dropped(&self, flight: &Flight, claimed: PageRange) -> Option<bool> {
+        let map = self.gate.read();
+        let block = map.block(flight.block);
+        let inner = block.lock();
+        if !self.space.is_quiet() {
+            return None;
+        }
+        Some((0..flight.pages).all(|offset| {
+            let index = flight.first + offset;
+            let entry = inner.entry(index);
+            let reported = matches!(entry.state(), PageState::Dropped { .. });
+            let at = claimed.start().plus_pages(u64::from(offset));
+            let gone = match block.place_of(index, 1) {
+                Some(place) if place.start() != at => self
+                    .present_pages(place)
+                    .is_some_and(|(present, _)| present.is_empty()),
+                _ => true,
+            };
+            entry.doomed() || (reported && gone)
+        }))
     }
 
     /// The next pages that are still wanted and lie together.
@@ -329,7 +387,8 @@ impl Engine<'_> {
 
     /// Undoes a claim: what the engine has not dropped is the program's again;
     /// what it has dropped already stays on the device. It has surely dropped
-    /// so many pages, `dropped`, from where they were `claimed`.
+    /// so many pages, `dropped`, from where they were `claimed`, and perhaps others
+    /// there; or it has not tried at all.
     pub(crate) fn release_protected(
         &self,
         executor: &mut Executor,
@@ -337,17 +396,22 @@ impl Engine<'_> {
         claimed: PageRange,
         frames: FrameRange,
         target: Target,
-        dropped: u32,
+        dropped: Option<u32>,
     ) {
+        let whole = self.is_hugetlb_flight(flight);
         let mut offset = 0;
         let mut attempt = 0;
         while offset < flight.pages {
-            let at = claimed.start().plus_pages(u64::from(offset));
-            let at = (offset >= dropped).then_some(at);
-            let frame = frames.slice(offset, 1);
+            let ours = match dropped {
+                None => Ours::No,
+                Some(dropped) if offset < dropped => Ours::Yes,
+                Some(_) => Ours::IfAt(claimed.start().plus_pages(u64::from(offset))),
+            };
+            let pages = if whole { flight.pages } else { 1 };
+            let frames = frames.slice(offset, pages);
             let patient = attempt < AGAIN_LIMIT;
-            if self.release_page(flight, offset, at, frame, target.device, patient) {
-                offset += 1;
+            if self.release_pages(flight, offset, ours, frames, target.device, patient) {
+                offset += pages;
             } else {
                 self.wait_for_events(executor, attempt);
                 attempt += 1;
@@ -355,13 +419,17 @@ impl Engine<'_> {
         }
     }
 
-    /// `claimed` is where the page was, unless the engine has surely dropped it.
-    fn release_page(
+    fn is_hugetlb_flight(&self, flight: &Flight) -> bool {
+        self.gate.read().block(flight.block).is_hugetlb()
+    }
+
+    /// One page, or all of one of hugetlbfs, whose states change together.
+    fn release_pages(
         &self,
         flight: &Flight,
         offset: u32,
-        claimed: Option<VirtAddr>,
-        frame: FrameRange,
+        ours: Ours,
+        frames: FrameRange,
         device: DeviceId,
         patient: bool,
     ) -> bool {
@@ -369,20 +437,23 @@ impl Engine<'_> {
         let block = map.block(flight.block);
         let mut inner = block.lock();
         let inner = &mut *inner;
-        let index = flight.first + offset;
-        let entry = inner.entry(index);
+        let first = flight.first + offset;
         let slot = self.devices.slot(device);
         let mut there = false;
         // A drop that the kernel has refused, or that was not tried, has not hit
         // a page that is somewhere else now: what was reported was the program's.
-        let mut ours = true;
-        if let Some(place) = block.place_of(index, 1) {
-            ours = claimed.is_none_or(|claimed| claimed == place.start());
+        let place = block.place_of(first, frames.count());
+        let ours = match ours {
+            Ours::Yes => true,
+            Ours::No => false,
+            Ours::IfAt(claimed) => place.is_none_or(|place| place.start() == claimed),
+        };
+        if let Some(place) = place {
             // The drop was reported, but went by an address where the page may
             // not have been any more. Looked at first: what the next call does
             // not refuse was true here.
             let seen = self.space.presence(place, &mut |_, presence| {
-                there = matches!(presence, Presence::Present { .. });
+                there |= matches!(presence, Presence::Present { .. });
             });
             if patient && seen.is_err() {
                 return false;
@@ -394,21 +465,25 @@ impl Engine<'_> {
                 return false;
             }
         }
-        let reported = matches!(entry.state(), PageState::Dropped { .. });
-        let doomed = entry.doomed() || (reported && !ours && !there);
-        if let (PageState::Dropped { device, frame }, false) = (entry.state(), doomed || there) {
-            inner.set(index, PageState::Device { device, frame });
-        } else if entry.state().in_flight() {
-            slot.free(frame);
-            let state = if doomed {
-                Self::after_removal(block, index)
-            } else {
-                PageState::System
-            };
-            inner.set(index, state);
-        }
-        if entry.parked() {
-            self.wake_pages(block, index, 1);
+        for (index, frame) in (first..).zip(frames.iter()) {
+            let entry = inner.entry(index);
+            let reported = matches!(entry.state(), PageState::Dropped { .. });
+            let doomed = entry.doomed() || (reported && !ours && !there);
+            if let (PageState::Dropped { device, frame }, false) = (entry.state(), doomed || there)
+            {
+                inner.set(index, PageState::Device { device, frame });
+            } else if entry.state().in_flight() {
+                slot.free(FrameRange::new(frame, 1));
+                let state = if doomed {
+                    Self::after_removal(block, index)
+                } else {
+                    PageState::System
+                };
+                inner.set(index, state);
+            }
+            if entry.parked() {
+                self.wake_pages(block, index, 1);
+            }
         }
         inner.tidy();
         true

@@ -34,6 +34,8 @@ enum Found {
     Parked,
     /// An event must be read first.
     Again,
+    /// There is no memory for it: the thread looks again after a while.
+    Later,
     /// The page is away: bring this range home.
     Away(PageRange),
 }
@@ -69,6 +71,10 @@ impl Engine<'_> {
         };
         match found {
             Found::Wake | Found::Again => self.space.wake(SpaceId::OWN, page),
+            Found::Later => {
+                self.space.relax();
+                self.space.wake(SpaceId::OWN, page);
+            }
             Found::Parked => {
                 self.stats.parked_faults.fetch_add(1, Relaxed);
                 self.follow(executor, fault);
@@ -109,6 +115,7 @@ impl Engine<'_> {
                 let progress = self.fill_hole(&map, &mut inner, piece);
                 match progress.stop {
                     Some(Stop::Again) if progress.done == PageCount::ZERO => Found::Again,
+                    Some(Stop::NoMemory) if progress.done == PageCount::ZERO => Found::Later,
                     // Behind the first page others may exist already; that is fine.
                     _ => Found::Wake,
                 }

@@ -334,7 +334,18 @@ impl Engine<'_> {
                     }
                 }
                 Err(error) => {
-                    self.copy_home_failed(&claim, done, landing, error, home.poisons, &mut step);
+                    let rests = self.copy_home_failed(
+                        &claim,
+                        done,
+                        landing,
+                        error,
+                        home.poisons,
+                        &mut step,
+                    );
+                    if let (Some(asked), true) = (claim.part_of_hugetlb, rests) {
+                        let asked = range.slice(step.passed, u64::from(asked));
+                        step.stays(asked, reason_of(error));
+                    }
                 }
             }
             done += landing.pages();
@@ -800,7 +811,7 @@ impl Engine<'_> {
         error: DeviceError,
         poisons: Poisons,
         step: &mut Step,
-    ) {
+    ) -> bool {
         let map = self.gate.read();
         let block = map.block(claim.block);
         let mut inner = block.lock();
@@ -838,15 +849,15 @@ impl Engine<'_> {
                 place => {
                     self.settle_page(inner, claim, from + offset, place);
                     if let Some(place) = place {
-                        let reason = match error {
-                            DeviceError::Lost => StayReason::DeviceLost,
-                            _ => StayReason::CopyFailed,
-                        };
-                        step.stays(place, reason);
+                        let reason = reason_of(error);
+                        if whole.is_none() {
+                            step.stays(place, reason);
+                        }
                     }
                 }
             }
         }
+        !all_poisoned
     }
 
     /// Marks a page whose data is lost. False when an event must be read first;
@@ -879,6 +890,13 @@ enum Claimed {
     Nothing,
     Again,
     Pages(Claim),
+}
+
+const fn reason_of(error: DeviceError) -> StayReason {
+    match error {
+        DeviceError::Lost => StayReason::DeviceLost,
+        _ => StayReason::CopyFailed,
+    }
 }
 
 /// Submits transfers a bounded number at a time and waits for them all. After

@@ -11,7 +11,9 @@ use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 
 use hmm_mem::Pages;
-use hmm_types::{FrameRange, PAGES_PER_BLOCK, PageCount, PageRange, StayReason, VirtAddr};
+use hmm_types::{
+    BLOCK_PAGES, FrameRange, PAGES_PER_BLOCK, PageCount, PageRange, StayReason, VirtAddr,
+};
 
 use crate::engine::{BUSY_LIMIT, Engine};
 use crate::executor::Executor;
@@ -111,6 +113,14 @@ impl Engine<'_> {
         keep: PageRange,
         report: &mut MigrationReport,
     ) {
+        // What is evicted for it goes whole, too.
+        let floor = keep.start().block_floor();
+        let blocks = keep
+            .end()
+            .pages_since(floor)
+            .div_ceil(PAGES_PER_BLOCK as u64);
+        let whole = PageCount::new(blocks * PAGES_PER_BLOCK as u64);
+        let keep = PageRange::from_pages(floor, whole);
         let mut from = range.start();
         while from < range.end() {
             let rest = PageRange::span(from, range.end());
@@ -162,7 +172,12 @@ impl Engine<'_> {
                 marked.is_some_and(|(place, _)| place == page.place)
             });
             hmm_sync::assert_none_held();
-            if unchanged && self.space.discard(span).is_ok() {
+            let dropped = unchanged.then(|| self.space.discard(span).is_ok());
+            let mut gone = dropped == Some(true);
+            for page in pages() {
+                gone = gone && self.is_dropped(executor, &page.flight, page.place);
+            }
+            if gone {
                 for page in pages() {
                     match self
                         .commit_out(&page.flight, page.frames, target, true)
@@ -181,9 +196,10 @@ impl Engine<'_> {
                 let all = span.pages().get();
                 self.stats.fallback_pages.fetch_add(all, Relaxed);
             } else {
+                let dropped = dropped.map(|all| if all { BLOCK_PAGES } else { 0 });
                 for page in pages() {
                     let (flight, frames) = (&page.flight, page.frames);
-                    self.release_protected(executor, flight, page.place, frames, target, 0);
+                    self.release_protected(executor, flight, page.place, frames, target, dropped);
                 }
             }
         }
@@ -215,7 +231,7 @@ impl Engine<'_> {
             .copy_protected(executor, &flight, place, frames, target.device)
             .is_err()
         {
-            self.release_protected(executor, &flight, place, frames, target, 0);
+            self.release_protected(executor, &flight, place, frames, target, None);
             return None;
         }
         Some(Copied {

@@ -497,7 +497,12 @@ impl Engine<'_> {
     pub(crate) fn is_guarded(&self, page: PageRange) -> bool {
         let mut guarded = false;
         let looked = self.space.presence(page, &mut |_, presence| {
-            guarded = presence == Presence::Guard;
+            guarded = match presence {
+                Presence::Guard => true,
+                // What stands where a page was away can be nothing else.
+                Presence::Present { .. } => !self.capabilities.tells_guards,
+                Presence::Hole => false,
+            };
         });
         looked.is_ok() && guarded
     }

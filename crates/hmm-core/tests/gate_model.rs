@@ -116,6 +116,7 @@ impl AddressSpace for Space {
             fork_events: true,
             kernel_faults: true,
             write_protect: true,
+            tells_guards: true,
         }
     }
 

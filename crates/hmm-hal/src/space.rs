@@ -19,6 +19,8 @@ pub struct Capabilities {
     pub kernel_faults: bool,
     /// Pages can be write-protected.
     pub write_protect: bool,
+    /// Guards (MADV_GUARD_INSTALL) are told from pages.
+    pub tells_guards: bool,
 }
 
 /// Address ranges of the engine's staging memory, registered like the

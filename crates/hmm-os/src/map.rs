@@ -12,6 +12,7 @@ use rustix::fs::{Mode, OFlags, open};
 use rustix::io::{Errno, Result};
 
 use crate::abi;
+use crate::refusal;
 use crate::text::{Lines, decimal, hex};
 
 const GIGABYTE: u64 = 1 << 30;
@@ -27,8 +28,7 @@ pub(crate) struct Vma {
     pub(crate) kind: MemoryKind,
     /// Writes reach whatever backs it.
     pub(crate) shared: bool,
-    /// Pages of hugetlbfs that no file and no other process has, of 2 MiB as far
-    /// as it is told.
+    /// Pages of hugetlbfs of 2 MiB that no file and no other process has.
     pub(crate) own_huge_pages: bool,
     /// Pages of hugetlbfs of a gigabyte; only PROCMAP_QUERY tells.
     pub(crate) gigantic: bool,
@@ -160,7 +160,12 @@ impl Map {
                 break;
             }
             if vma.range.overlaps(range) {
-                visit(vma);
+                visit(Vma {
+                    // The text does not tell the size.
+                    own_huge_pages: vma.own_huge_pages
+                        && refusal::page_bytes(vma.range) == Ok(BLOCK_SIZE),
+                    ..vma
+                });
             }
         }
         Ok(())
@@ -188,7 +193,6 @@ pub(crate) fn parse_line(line: &[u8]) -> Option<Vma> {
         },
         kind: classify(name, inode, modes[3] == b's'),
         shared: modes[3] == b's',
-        // The text does not tell the size; pages of 1 GiB refuse later.
         own_huge_pages: modes[3] != b's' && name.starts_with(ANONYMOUS_HUGE),
         gigantic: false,
     })

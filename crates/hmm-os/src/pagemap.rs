@@ -55,6 +55,11 @@ impl Pagemap {
         Ok(map)
     }
 
+    /// Whether guards are told from pages.
+    pub(crate) const fn tells_guards(&self) -> bool {
+        self.guard != 0
+    }
+
     /// Whether PAGEMAP_SCAN is there and used.
     pub(crate) const fn has_scan(&self) -> bool {
         self.scan

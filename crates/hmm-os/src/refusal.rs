@@ -55,6 +55,41 @@ pub(crate) fn anything_pinned() -> Result<bool> {
     counts_any(b"VmPin:")
 }
 
+/// Whether the kernel has a huge page that nobody has reserved.
+pub(crate) fn has_huge_page() -> Result<bool> {
+    let flags = OFlags::CLOEXEC | OFlags::RDONLY;
+    let meminfo = open(c"/proc/meminfo", flags, Mode::empty())?;
+    let mut lines = Lines::new(meminfo.as_fd());
+    let (mut free, mut reserved) = (0, 0);
+    while let Some(line) = lines.next()? {
+        for (key, value) in [
+            (&b"HugePages_Free:"[..], &mut free),
+            (b"HugePages_Rsvd:", &mut reserved),
+        ] {
+            if let Some(rest) = line.strip_prefix(key) {
+                *value = decimal(rest.trim_ascii_start()).map_or(0, |(value, _)| value);
+            }
+        }
+    }
+    Ok(free > reserved)
+}
+
+/// Size of a mapping's pages, as the kernel has them.
+pub(crate) fn page_bytes(range: PageRange) -> Result<u64> {
+    let flags = OFlags::CLOEXEC | OFlags::RDONLY;
+    let smaps = open(c"/proc/self/smaps", flags, Mode::empty())?;
+    let mut lines = Lines::new(smaps.as_fd());
+    let mut inside = false;
+    while let Some(line) = lines.next()? {
+        if let Some(vma) = parse_line(line) {
+            inside = vma.range == range;
+        } else if inside && let Some(rest) = line.strip_prefix(b"KernelPageSize:") {
+            return Ok(decimal(rest.trim_ascii_start()).map_or(0, |(kib, _)| kib << 10));
+        }
+    }
+    Ok(0)
+}
+
 /// Whether a line of /proc/self/status has another number than 0.
 fn counts_any(key: &[u8]) -> Result<bool> {
     let flags = OFlags::CLOEXEC | OFlags::RDONLY;

@@ -136,8 +136,11 @@ impl LinuxSpace {
                 fork_events: has(FEATURE_FORK),
                 kernel_faults: reach == Reach::Full,
                 write_protect: has(FEATURE_WP),
+                tells_guards: pagemap.tells_guards(),
             },
-            moves_huge_pages: has(FEATURE_WP) && has(FEATURES_HUGETLB),
+            // Before a fork that is not reported everything must come home, and the
+            // kernel's pool of huge pages may be empty for long.
+            moves_huge_pages: has(FEATURE_WP) && has(FEATURES_HUGETLB) && has(FEATURE_FORK),
             parts: ManuallyDrop::new(Parts {
                 uffd,
                 nudge,
@@ -296,10 +299,7 @@ impl LinuxSpace {
         if progress.stop != Some(Stop::Incompatible) || !self.is_hugetlb(space, range) {
             return progress;
         }
-        let huge = PageRange::from_pages(
-            range.start().block_floor(),
-            PageCount::from(PAGES_PER_BLOCK),
-        );
+        let huge = huge_page_of(range);
         let progress = self.on(space, |uffd| on_huge(uffd, huge));
         match progress.stop {
             None => Progress {
@@ -308,6 +308,30 @@ impl LinuxSpace {
             },
             Some(_) => progress,
         }
+    }
+
+    /// Places a huge page of hugetlbfs. The kernel says "exists" also when its pool
+    /// is empty.
+    fn place_huge(
+        &self,
+        space: SpaceId,
+        page: PageRange,
+        place: impl Fn(&Uffd) -> Progress,
+    ) -> Progress {
+        let progress = self.on(space, &place);
+        if progress.stop != Some(Stop::Exists) {
+            return progress;
+        }
+        if space == SpaceId::OWN {
+            return self.why_not_there(page).map_or(progress, stopped);
+        }
+        // A child's page table is out of reach. Twice, as a page may come into the
+        // pool between the two looks.
+        let again = self.on(space, &place);
+        if again.stop == Some(Stop::Exists) && !refusal::has_huge_page().unwrap_or(false) {
+            return stopped(Stop::NoMemory);
+        }
+        again
     }
 
     /// Why a huge page of hugetlbfs could not be placed, if the kernel said that
@@ -561,26 +585,41 @@ impl AddressSpace for LinuxSpace {
     }
 
     fn copy_pages(&self, space: SpaceId, from: VirtAddr, to: PageRange) -> Progress {
-        let progress = self.on(space, |uffd| uffd.copy(from, to));
-        if progress.stop == Some(Stop::Exists)
-            && space == SpaceId::OWN
-            && self.is_hugetlb(space, to)
-            && let Some(stop) = self.why_not_there(to)
-        {
-            return stopped(stop);
+        let copy = |uffd: &Uffd| uffd.copy(from, to);
+        let whole = to.pages() == PageCount::from(PAGES_PER_BLOCK);
+        if whole && self.is_hugetlb(space, to) {
+            self.place_huge(space, to, copy)
+        } else {
+            self.on(space, copy)
         }
-        progress
     }
 
     fn zero_pages(&self, space: SpaceId, range: PageRange) -> Progress {
         let zeros = self.parts().zeros.range().start();
-        self.on_pages(space, range, Uffd::zero, |uffd, huge| {
+        let filled = self.on_pages(space, range, Uffd::zero, |uffd, huge| {
             uffd.copy(zeros, huge)
-        })
+        });
+        if filled.stop == Some(Stop::Exists) && self.is_hugetlb(space, range) {
+            let huge = huge_page_of(range);
+            let filled = self.place_huge(space, huge, |uffd| uffd.copy(zeros, huge));
+            return Progress {
+                done: filled.done.min(range.pages()),
+                ..filled
+            };
+        }
+        filled
     }
 
     fn poison_pages(&self, space: SpaceId, range: PageRange) -> Progress {
-        self.on_pages(space, range, Uffd::poison, Uffd::poison)
+        let poisoned = self.on_pages(space, range, Uffd::poison, Uffd::poison);
+        if poisoned.stop == Some(Stop::Exists) && self.is_hugetlb(space, range) {
+            // A protection that was left behind is in the way.
+            return self.on(space, |uffd| match uffd.write_protect(range, false) {
+                Progress { stop: None, .. } => uffd.poison(range),
+                refused => refused,
+            });
+        }
+        poisoned
     }
 
     fn wake(&self, space: SpaceId, range: PageRange) {
@@ -767,4 +806,12 @@ fn freed_pages_exist() -> bool {
         }
     }
     true
+}
+
+/// The huge page that a range is a part of.
+fn huge_page_of(range: PageRange) -> PageRange {
+    PageRange::from_pages(
+        range.start().block_floor(),
+        PageCount::from(PAGES_PER_BLOCK),
+    )
 }

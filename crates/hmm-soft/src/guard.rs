@@ -41,12 +41,12 @@ pub(crate) use imp::attempt;
 
 #[cfg(target_arch = "x86_64")]
 mod imp {
-    use std::cell::Cell;
+    use std::cell::{Cell, UnsafeCell};
     use std::ffi::{c_int, c_void};
     use std::mem::MaybeUninit;
     use std::ptr;
     use std::sync::Mutex;
-    use std::sync::atomic::{AtomicPtr, Ordering};
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::Signalled;
 
@@ -103,9 +103,53 @@ mod imp {
         static STACK: Cell<usize> = const { Cell::new(0) };
     }
 
-    /// Who had the signals before; leaked when it is replaced, as a handler may
-    /// just be reading it.
-    static BEFORE: [AtomicPtr<libc::sigaction>; 2] = [const { AtomicPtr::new(ptr::null_mut()) }; 2];
+    /// Handlers that were there before: each time that the program has put one on
+    /// top of ours, ours goes on top of that. No more than so many times.
+    const SAVED: usize = 8;
+
+    struct Before {
+        saved: [UnsafeCell<MaybeUninit<libc::sigaction>>; SAVED],
+        count: AtomicUsize,
+    }
+
+    // SAFETY: a place is written once, before the count includes it, by whoever
+    // holds the lock of `install`; below the count it is only read.
+    unsafe impl Sync for Before {}
+
+    static BEFORE: [Before; 2] = [const {
+        Before {
+            saved: [const { UnsafeCell::new(MaybeUninit::zeroed()) }; SAVED],
+            count: AtomicUsize::new(0),
+        }
+    }; 2];
+
+    impl Before {
+        /// False when there is no more room.
+        fn push(&self, action: libc::sigaction) -> bool {
+            let count = self.count.load(Ordering::SeqCst);
+            let Some(place) = self.saved.get(count) else {
+                return false;
+            };
+            // SAFETY: above the count, and one thread at a time.
+            unsafe { (*place.get()).write(action) };
+            self.count.store(count + 1, Ordering::SeqCst);
+            true
+        }
+
+        /// The one that was there `depth` installations ago.
+        fn get(&self, depth: usize) -> Option<libc::sigaction> {
+            let index = self.count.load(Ordering::SeqCst).checked_sub(depth + 1)?;
+            // SAFETY: below the count.
+            Some(unsafe { (*self.saved[index].get()).assume_init_read() })
+        }
+    }
+
+    thread_local! {
+        /// A signal that this thread is handing on: how many handlers it has been
+        /// through, and where on the stack. Handlers hand it on in turn, perhaps to
+        /// ours again.
+        static HANDED_ON: Cell<(usize, usize)> = const { Cell::new((0, 0)) };
+    }
 
     /// Runs an access. It must be one that can be left at any instruction: no
     /// destructors, no locks.
@@ -180,7 +224,9 @@ mod imp {
             if now.sa_sigaction == handle as *const () as usize {
                 continue;
             }
-            before.store(Box::into_raw(Box::new(now)), Ordering::SeqCst);
+            if !before.push(now) {
+                continue;
+            }
             let ours = libc::sigaction {
                 sa_sigaction: handle as *const () as usize,
                 sa_flags: libc::SA_SIGINFO | libc::SA_ONSTACK | (now.sa_flags & libc::SA_NODEFER),
@@ -210,35 +256,40 @@ mod imp {
             }
             return;
         }
-        let index = usize::from(signal != SIGNALS[0]);
-        // SAFETY: stored once and never freed.
-        let before = unsafe { BEFORE[index].load(Ordering::SeqCst).as_ref() };
+        hand_on(signal, info, context, by_access);
+    }
+
+    /// Not ours: to whoever had it before, and if there is nobody, to the default.
+    fn hand_on(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void, by_access: bool) {
+        let here = ptr::from_ref(&by_access).addr();
+        let outer = HANDED_ON.get();
+        // A handler that has jumped out of the last one has left it higher up.
+        let depth = if here < outer.1 { outer.0 } else { 0 };
+        let before = BEFORE[usize::from(signal != SIGNALS[0])].get(depth);
+        HANDED_ON.set((depth + 1, here));
         // SAFETY: whoever installed the handler has promised that it can be called
         // so; else the default is restored, and meets the access again.
         unsafe {
-            match before {
-                Some(before)
-                    if before.sa_sigaction != libc::SIG_DFL
-                        && before.sa_sigaction != libc::SIG_IGN =>
-                {
-                    if before.sa_flags & libc::SA_SIGINFO == 0 {
-                        let next: extern "C" fn(c_int) = std::mem::transmute(before.sa_sigaction);
-                        next(signal);
-                    } else {
-                        let next: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) =
-                            std::mem::transmute(before.sa_sigaction);
-                        next(signal, info, context);
-                    }
-                }
-                Some(before) if before.sa_sigaction == libc::SIG_IGN && !by_access => {}
-                _ => {
+            match before.map(|before| (before.sa_sigaction, before.sa_flags)) {
+                Some((libc::SIG_IGN, _)) if !by_access => {}
+                None | Some((libc::SIG_DFL | libc::SIG_IGN, _)) => {
                     libc::signal(signal, libc::SIG_DFL);
                     if !by_access {
                         libc::raise(signal);
                     }
                 }
+                Some((next, flags)) if flags & libc::SA_SIGINFO == 0 => {
+                    let next: extern "C" fn(c_int) = std::mem::transmute(next);
+                    next(signal);
+                }
+                Some((next, _)) => {
+                    let next: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) =
+                        std::mem::transmute(next);
+                    next(signal, info, context);
+                }
             }
         }
+        HANDED_ON.set(outer);
     }
 }
 

@@ -203,3 +203,48 @@ fn without_anything_it_works_or_says_why_not() {
     drop(map);
     hmm.shutdown().unwrap();
 }
+
+/// Where pages are copied and dropped by address: memory that is remapped while
+/// it leaves, and leaves its mapping behind, stays what it is.
+#[test]
+fn memory_that_is_remapped_while_it_is_copied_is_kept() {
+    let _dog = watchdog("memory_that_is_remapped_while_it_is_copied_is_kept", 60);
+    let disable = Disable {
+        move_pages: true,
+        ..Disable::default()
+    };
+    let (hmm, device) = engine_of(Hmm::builder().disable(disable), 64);
+    let since = std::time::Instant::now();
+    let mut round = 0;
+    while since.elapsed() < std::time::Duration::from_secs(6) {
+        round += 1;
+        let map = Map::new(64);
+        map.fill(round);
+        send(&hmm, map.range(), &device);
+        map.check(round);
+        let range = map.range();
+        let ready = std::sync::Barrier::new(2);
+        let map = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                ready.wait();
+                let _ = hmm.migrate(range, device.id());
+            });
+            ready.wait();
+            for _ in 0..(round * 7919) % 20_000 {
+                std::hint::spin_loop();
+            }
+            map.remap(64, libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP, None)
+        });
+        map.check(round);
+        map.fill(round + 1);
+        map.check(round + 1);
+        let left = Map::adopt(
+            std::ptr::with_exposed_provenance_mut(range.start().addr()),
+            64,
+        );
+        drop((map, left));
+    }
+    println!("{round} rounds");
+    all_free(&hmm, &device);
+    hmm.shutdown().unwrap();
+}

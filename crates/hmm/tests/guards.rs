@@ -2,10 +2,10 @@
 mod common;
 
 use common::{
-    Map, PAGE, WORDS, adds_up, all_free, engine, fork, nothing_staged, on_device, pattern, send,
-    wait, watchdog,
+    Map, PAGE, WORDS, adds_up, all_free, engine, engine_of, fork, nothing_staged, on_device,
+    pattern, send, wait, watchdog,
 };
-use hmm::{Hmm, LaunchError, Pointer, SoftwareDevice, StayReason, VirtAddr};
+use hmm::{Disable, Hmm, LaunchError, Pointer, SoftwareDevice, StayReason, VirtAddr};
 
 /// Linux 6.13.
 const MADV_GUARD_INSTALL: i32 = 102;
@@ -79,6 +79,29 @@ fn guard_pages_stay_guards() {
         map.check_zero(300, 2);
         map.check_part(302, 398, 1);
     }
+    end(hmm, &device);
+}
+
+/// Where the kernel does not tell guards from pages.
+#[test]
+fn guards_that_are_not_told_take_the_page() {
+    let _dog = watchdog("guards_that_are_not_told_take_the_page", 60);
+    let disable = Disable {
+        pagemap_scan: true,
+        ..Disable::default()
+    };
+    let (hmm, device) = engine_of(Hmm::builder().disable(disable), 16);
+    let map = Map::new(700);
+    map.fill(4);
+    send(&hmm, map.range(), &device);
+    if !map.advise(300, 2, MADV_GUARD_INSTALL) {
+        skip!("MADV_GUARD_INSTALL: {}", std::io::Error::last_os_error());
+    }
+    hmm.evict(map.range()).unwrap();
+    map.check_part(0, 300, 4);
+    map.check_part(302, 398, 4);
+    assert!(kills(&map, 301));
+    drop(map);
     end(hmm, &device);
 }
 

@@ -9,10 +9,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use common::{
-    HUGE, Map, PAGE, WORDS, adds_up, all_free, device, engine, engine_of, fetch, fork,
-    nothing_staged, on_device, send, wait, watchdog,
+    HUGE, Map, PAGE, WORDS, adds_up, all_free, device, engine, engine_of, fetch, fork, helper,
+    nothing_staged, on_device, role, run, send, wait, watchdog,
 };
-use hmm::{Disable, Hmm, MirrorEntry, Pointer, SoftwareDevice, StayReason};
+use hmm::{Disable, Hmm, LossMode, MirrorEntry, Pointer, SoftwareDevice, StayReason};
 
 const SETTING: &str = "/proc/sys/vm/nr_hugepages";
 
@@ -290,7 +290,7 @@ fn a_child_has_what_the_parent_had() {
     end(hmm, &device);
 }
 
-/// With what older kernels have, and as an ordinary user sees it.
+/// With what older kernels have.
 #[test]
 fn older_kernels_move_huge_pages_as_well() {
     let _pool = pool!(14);
@@ -305,11 +305,6 @@ fn older_kernels_move_huge_pages_as_well() {
             move_pages: true,
             pagemap_scan: true,
             procmap_query: true,
-            ..without
-        },
-        Disable {
-            fork_events: true,
-            privileged: true,
             ..without
         },
     ];
@@ -339,6 +334,144 @@ fn older_kernels_move_huge_pages_as_well() {
         drop(map);
         end(hmm, &device);
     }
+}
+
+/// The data of a page is lost with its device: touching it is a SIGBUS, and a
+/// request for a part of it is told about that part.
+#[test]
+fn a_lost_device_loses_whole_pages() {
+    let name = "a_lost_device_loses_whole_pages";
+    let _pool = match role() {
+        Some(_) => None,
+        None => Some(pool!(2)),
+    };
+    let _dog = watchdog("a_lost_device_loses_whole_pages", 60);
+    if role().is_none() {
+        let (status, text) = run(helper(name, "touches"), 30);
+        let status = status.expect("the helper ends");
+        let signal = std::os::unix::process::ExitStatusExt::signal(&status);
+        assert_eq!(signal, Some(libc::SIGBUS), "{status}: {text}");
+        return;
+    }
+    let (hmm, device) = engine(16);
+    let map = huge(2);
+    map.fill(16);
+    send(&hmm, map.range(), &device);
+    device.injector().lose(LossMode::MemoryGone);
+    let part = map.part(100, 1);
+    adds_up(&hmm.evict(part).unwrap(), part);
+    println!("read {}", map.get(5));
+}
+
+/// Small pages right below huge ones, all away: a child that touches the small
+/// ones first gets those, and then the huge ones as a whole.
+#[test]
+fn small_and_huge_neighbours_come_to_a_child() {
+    let _pool = pool!(12);
+    let _dog = watchdog("small_and_huge_neighbours_come_to_a_child", 60);
+    let (hmm, device) = engine(32);
+    let room = Map::aligned(6 * HUGE, false);
+    let at = room.page(HUGE);
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_HUGETLB;
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: in the middle of memory that is this test's own.
+    let got = unsafe { libc::mmap(at.cast(), 4 * HUGE * PAGE, access, flags, -1, 0) };
+    assert_eq!(got, at.cast());
+    let (below, above) = (room.part(HUGE - 16, 16), room.part(HUGE, 4 * HUGE));
+    room.fill_part(HUGE - 16, 16 + 4 * HUGE, 17);
+    send(&hmm, below, &device);
+    send(&hmm, above, &device);
+    let child = fork(|| i32::from(room.wrong(HUGE - 16, 16 + 4 * HUGE, 17).is_some()));
+    assert_eq!(wait(child), 0);
+    room.check_part(HUGE - 16, 16 + 4 * HUGE, 17);
+    drop(room);
+    end(hmm, &device);
+}
+
+/// A child that can get no page holds up nobody else.
+#[test]
+fn a_child_without_a_page_holds_up_nobody() {
+    let _pool = pool!(2);
+    let _dog = watchdog("a_child_without_a_page_holds_up_nobody", 60);
+    let (hmm, device) = engine(16);
+    let (map, other) = (huge(2), Map::new(64));
+    map.fill(18);
+    send(&hmm, map.range(), &device);
+    let child = fork(|| {
+        // SAFETY: only sleeps.
+        unsafe { libc::sleep(1000) };
+        0
+    });
+    for round in 0..20 {
+        other.fill(round);
+        let since = std::time::Instant::now();
+        send(&hmm, other.range(), &device);
+        other.check(round);
+        assert!(
+            since.elapsed() < Duration::from_secs(5),
+            "{:?}",
+            since.elapsed()
+        );
+    }
+    // SAFETY: this test's own child.
+    unsafe { libc::kill(child, libc::SIGKILL) };
+    assert_eq!(wait(child), -libc::SIGKILL);
+    map.check(18);
+    drop((map, other));
+    end(hmm, &device);
+}
+
+/// Without PROCMAP_QUERY the size of pages is looked up elsewhere.
+#[test]
+fn pages_of_a_gigabyte_are_told_without_procmap_query() {
+    const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages";
+    let _pool = pool!(0);
+    let _dog = watchdog("pages_of_a_gigabyte_are_told_without_procmap_query", 60);
+    let reserve = |pages: &str| std::fs::write(POOL, pages);
+    let reserved = reserve("1").and_then(|()| std::fs::read_to_string(POOL));
+    if reserved.as_deref().map(str::trim).ok() != Some("1") {
+        let _ = reserve("0");
+        skip!("no page of 1 GiB can be reserved: {reserved:?}");
+    }
+    let disable = Disable {
+        procmap_query: true,
+        ..Disable::default()
+    };
+    let (hmm, device) = engine_of(Hmm::builder().disable(disable), 16);
+    let flags = libc::MAP_PRIVATE | (30 << 26);
+    let map = {
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        Map::with(512 * HUGE, access, flags | libc::MAP_HUGETLB, -1)
+    };
+    let report = hmm.migrate(map.part(0, 10), device.id()).unwrap();
+    assert_eq!(report.stayed[0].reason, StayReason::HugeTlb, "{report}");
+    map.set(7777 * WORDS, 3);
+    assert_eq!(map.get(7777 * WORDS), 3);
+    drop(map);
+    end(hmm, &device);
+    reserve("0").unwrap();
+}
+
+/// Before a fork that is not reported everything has to come home, for which the
+/// kernel may have no page: so nothing leaves.
+#[test]
+fn without_fork_events_huge_pages_stay() {
+    let _pool = pool!(2);
+    let _dog = watchdog("without_fork_events_huge_pages_stay", 60);
+    let disable = Disable {
+        fork_events: true,
+        ..Disable::default()
+    };
+    let (hmm, device) = engine_of(Hmm::builder().disable(disable), 16);
+    let map = huge(2);
+    map.fill(15);
+    let report = hmm.migrate(map.range(), device.id()).unwrap();
+    adds_up(&report, map.range());
+    assert_eq!(report.stayed[0].reason, StayReason::HugeTlb, "{report}");
+    add_by_device(&device, &map, 7, 1);
+    assert_eq!(map.get(7), common::pattern(15, 7) + 1);
+    drop(map);
+    end(hmm, &device);
 }
 
 /// A mirror sees huge pages, here and on the device, shared ones as well.
