@@ -1,15 +1,21 @@
 //! `cargo xtask`: the project's own commands.
 #![forbid(unsafe_code)]
 
+mod apt;
+mod built;
 mod counts;
 mod docs;
 mod kernel_selftests;
+mod lines;
+mod log;
 mod ordinary_user;
 mod packages;
 mod process;
+mod session;
 mod steps;
 mod summary;
 mod tables;
+mod vm_test;
 mod workspace;
 
 use std::process::ExitCode;
@@ -33,6 +39,7 @@ Examples:
   cargo xtask sim -- --seed 4711       replay one seed
   cargo xtask bench -- fault_4k_p50    one row of the benchmark
   cargo xtask kernel-selftests         the kernel's own tests, against hmm run
+  cargo xtask vm-test --test dax       tests on other kernels, in virtual machines
 
 Tests need no set-up, and no network beyond what cargo fetches and the source
 package of Linux's own tests. They use
@@ -84,6 +91,14 @@ enum Command {
     /// The sources come from a Debian package, which is not installed. They and
     /// the tests' output stay below target/kernel-selftests.
     KernelSelftests(kernel_selftests::Options),
+    /// Runs tests on other kernels, in virtual machines with persistent memory.
+    ///
+    /// The kernels are Debian's own: that of Debian 12, and the newest that the
+    /// mirror has. QEMU emulates the machine in software, which takes ten times
+    /// as long as the real one and needs no KVM. Packages of the guest are
+    /// downloaded, not installed. They and the consoles' output stay below
+    /// target/vm-test; see docs/virtual-machine.md.
+    VmTest(vm_test::Options),
 }
 
 fn main() -> ExitCode {
@@ -103,6 +118,7 @@ fn main() -> ExitCode {
         }
         Command::Bench { rest } => bench(&workspace, rest),
         Command::KernelSelftests(options) => kernel_selftests::run(&workspace, &options),
+        Command::VmTest(options) => vm_test::run(&workspace, &options),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

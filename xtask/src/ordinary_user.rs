@@ -10,9 +10,9 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 use std::{env, process, thread};
 
-use anyhow::{Context, Result, bail};
-use serde_json::Value;
+use anyhow::{Context, Result};
 
+use crate::built::{Built, TestBinary, tests_in};
 use crate::counts::{Counts, skip_reason};
 use crate::process::Invocation;
 use crate::workspace::Workspace;
@@ -48,78 +48,19 @@ pub struct Ran {
 
 /// Builds the tests and runs each in a process of its own.
 pub fn run(workspace: &Workspace) -> Result<Ran> {
-    let Built {
-        binaries,
-        libraries,
-    } = build(workspace)?;
-    if binaries.is_empty() {
-        bail!("no test binaries were built for {CRATES:?}");
-    }
+    let built = Built::of_crates(workspace, &CRATES)?;
     let place = Place::new()?;
     let mut ran = Ran::default();
-    for library in &libraries {
+    for library in &built.libraries {
         place.copy(library)?;
     }
-    for binary in &binaries {
-        let copy = place.copy(binary)?;
-        let name = copy.file_name().unwrap_or_default().to_string_lossy();
-        let name = name.rsplit_once('-').map_or(&*name, |(name, _)| name);
+    for TestBinary { name, path, .. } in &built.tests {
+        let copy = place.copy(path)?;
         for test in list(&copy, &place)? {
             one(&copy, &place, name, &test, &mut ran)?;
         }
     }
     Ok(ran)
-}
-
-/// What was built.
-#[derive(Default)]
-struct Built {
-    binaries: Vec<PathBuf>,
-    /// Shared libraries, which tests look for beside themselves.
-    libraries: Vec<PathBuf>,
-}
-
-/// The test binaries. The whole workspace is built, as the other steps do, so
-/// that nothing is built twice.
-fn build(workspace: &Workspace) -> Result<Built> {
-    let command = workspace.cargo([
-        "test",
-        "--workspace",
-        "--no-run",
-        "--message-format=json-render-diagnostics",
-    ]);
-    println!("$ {}", command.line());
-    let output = command
-        .into_command()
-        .stderr(Stdio::inherit())
-        .output()
-        .context("cannot run cargo")?;
-    if !output.status.success() {
-        bail!("the tests do not build");
-    }
-    let mut built = Built::default();
-    for line in String::from_utf8_lossy(&output.stdout).lines() {
-        let Ok(message) = serde_json::from_str::<Value>(line) else {
-            continue;
-        };
-        let crate_directory = message["manifest_path"]
-            .as_str()
-            .and_then(|path| Path::new(path).parent()?.file_name()?.to_str());
-        let wanted = crate_directory.is_some_and(|name| CRATES.contains(&name));
-        let files = message["filenames"].as_array().into_iter().flatten();
-        let libraries = files
-            .filter_map(Value::as_str)
-            .filter(|path| wanted && path.ends_with(".so"));
-        built.libraries.extend(libraries.map(PathBuf::from));
-        if let (true, true, Some(executable)) = (
-            wanted,
-            message["profile"]["test"] == true,
-            message["executable"].as_str(),
-        ) {
-            built.binaries.push(PathBuf::from(executable));
-        }
-    }
-    Ok(built)
 }
 
 /// A directory that everybody can read, gone when dropped.
@@ -166,11 +107,7 @@ fn list(binary: &Path, place: &Place) -> Result<Vec<String>> {
         .args(["--list", "--format", "terse"])
         .quiet()
         .with_context(|| format!("{} does not list its tests", binary.display()))?;
-    Ok(listed
-        .lines()
-        .filter_map(|line| line.strip_suffix(": test"))
-        .map(str::to_owned)
-        .collect())
+    Ok(tests_in(&listed))
 }
 
 fn one(binary: &Path, place: &Place, name: &str, test: &str, ran: &mut Ran) -> Result<()> {

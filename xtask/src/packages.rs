@@ -42,6 +42,13 @@ pub const MAKE: Package = Package {
     purpose: "to build the kernel's self-tests",
 };
 
+/// Emulates a machine with another kernel.
+pub const QEMU: Package = Package {
+    program: "qemu-system-x86_64",
+    debian: "qemu-system-x86",
+    purpose: "to run other kernels in a virtual machine",
+};
+
 impl Package {
     fn is_there(&self) -> bool {
         env::var_os("PATH").is_some_and(|path| {

@@ -1,15 +1,11 @@
 //! The kernel's own test of its heterogeneous memory management, unmodified,
 //! against the devices that `hmm run` gives to a program.
 
-mod apt;
 mod harness;
 mod huge_page;
-mod lines;
-mod log;
 mod name;
 mod report;
 mod runner;
-mod session;
 mod sources;
 
 use anyhow::{Context, Result, bail};

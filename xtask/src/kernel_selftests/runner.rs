@@ -7,11 +7,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use super::harness::{Finished, Outcome, Reader};
-use super::log::Log;
 use super::name::{Name, listed};
-use super::session::{self, Ended};
 use super::sources::Binary;
+use crate::log::Log;
 use crate::process::Invocation;
+use crate::session::{self, Ended};
 use crate::workspace::Workspace;
 
 /// After this a test hangs. The harness itself ends a test after 30 s, a
@@ -115,7 +115,7 @@ impl Runner {
         } else {
             PATIENCE
         };
-        let ended = session::run(&words, &self.logs, patience, |line| {
+        let ended = session::run(&words, &self.logs, patience.into(), |line| {
             if !log.line(line) {
                 return false;
             }

@@ -6,7 +6,7 @@ use std::process::Stdio;
 
 use anyhow::{Context, Result, bail};
 
-use super::apt::{Apt, Package};
+use crate::apt::{Apt, Package};
 use crate::packages;
 use crate::process::Invocation;
 use crate::workspace::Workspace;
@@ -24,6 +24,8 @@ const NEEDED: [&str; 8] = [
     "tools/testing/selftests/[mv]m",
     "tools/testing/selftests/x86",
 ];
+/// The package that depends on a suite's newest kernel sources.
+const METAPACKAGE: &str = "linux-source";
 const SELFTESTS: &str = "tools/testing/selftests";
 const PROGRAM: &str = "hmm-tests";
 
@@ -47,7 +49,7 @@ impl Sources {
             Some(suite) => Apt::of_suite(&lists, suite)?,
             None => Apt::of_system(&lists)?,
         };
-        let package = apt.kernel_sources()?;
+        let package = newest(&apt)?;
         let sources = Self {
             directory: place.join(&package.version),
             version: package.version.clone(),
@@ -126,6 +128,15 @@ impl Sources {
             selects: harness.contains("getopt("),
         })
     }
+}
+
+/// The newest kernel sources.
+fn newest(apt: &Apt) -> Result<Package> {
+    let sources = apt.dependencies(METAPACKAGE)?;
+    let name = sources
+        .first()
+        .with_context(|| format!("{METAPACKAGE} depends on nothing"))?;
+    apt.package(name)
 }
 
 /// The built test.

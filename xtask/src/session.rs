@@ -13,7 +13,7 @@ use rustix::event::Timespec;
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 
-use super::lines::Lines;
+use crate::lines::Lines;
 use crate::packages;
 use crate::process::Invocation;
 
@@ -47,13 +47,32 @@ impl fmt::Display for Ended {
     }
 }
 
+/// How long a program is waited for.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// From one progress to the next.
+    pub without_progress: Duration,
+    /// In all.
+    pub in_all: Duration,
+}
+
+impl From<Duration> for Patience {
+    /// Patience with everything that makes progress.
+    fn from(without_progress: Duration) -> Self {
+        Self {
+            without_progress,
+            in_all: Duration::MAX,
+        }
+    }
+}
+
 /// Runs the program in a session of its own, hands on its lines, and leaves
-/// none of its processes behind. Patience begins anew with a line that is said
-/// to be progress.
+/// none of its processes behind. It may take a while from one line that is
+/// said to be progress to the next, and a while in all.
 pub fn run(
     words: &[&Path],
     directory: &Path,
-    patience: Duration,
+    patience: Patience,
     mut line: impl FnMut(&str) -> bool,
 ) -> Result<Ended> {
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
@@ -73,7 +92,8 @@ pub fn run(
         .spawn()
         .context("cannot run setsid")?;
     let mut lines = Lines::new(terminal);
-    let mut since = Instant::now();
+    let start = Instant::now();
+    let mut since = start;
     let ended = loop {
         lines.read(&TICK, |text| {
             if line(text) {
@@ -83,9 +103,14 @@ pub fn run(
         if let Some(status) = child.try_wait()? {
             break Ended::ByItself(status);
         }
-        if since.elapsed() > patience {
+        let too_long = if since.elapsed() > patience.without_progress {
+            Some(patience.without_progress)
+        } else {
+            (start.elapsed() > patience.in_all).then_some(patience.in_all)
+        };
+        if let Some(time) = too_long {
             end(&mut child)?;
-            break Ended::OutOfTime(patience);
+            break Ended::OutOfTime(time);
         }
     };
     clear(&child);
@@ -148,7 +173,7 @@ mod tests {
     fn shell(script: &str, patience: Duration) -> (Ended, Vec<String>) {
         let mut lines = Vec::new();
         let words = ["sh", "-c", script].map(Path::new);
-        let ended = run(&words, Path::new("/"), patience, |line| {
+        let ended = run(&words, Path::new("/"), patience.into(), |line| {
             lines.push(line.to_owned());
             false
         });

@@ -8,8 +8,6 @@ use anyhow::{Context, Result, bail};
 
 use crate::process::Invocation;
 
-/// The package that depends on a suite's newest kernel sources.
-const METAPACKAGE: &str = "linux-source";
 /// What suites are signed with; newer systems trust it only where it is named.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
@@ -115,19 +113,22 @@ impl Apt {
             .with_context(|| self.missing("mirror of Debian"))
     }
 
-    /// The newest kernel sources.
-    pub fn kernel_sources(&self) -> Result<Package> {
-        let name = self
-            .call("apt-cache")
-            .args(["depends", "--important", METAPACKAGE])
+    /// The names of the packages that a package depends on.
+    pub fn dependencies(&self, name: &str) -> Result<Vec<String>> {
+        self.call("apt-cache")
+            .args(["depends", "--important", name])
             .output()
-            .ok()
-            .and_then(|text| dependency(&text).map(str::to_owned))
-            .with_context(|| self.missing(&format!("package {METAPACKAGE}")))?;
+            .map(|text| dependencies(&text))
+            .with_context(|| self.missing(&format!("package {name}")))
+    }
+
+    /// What a download of a package would get.
+    pub fn package(&self, name: &str) -> Result<Package> {
         let uri = self
             .call("apt-get")
-            .args(["download", "--print-uris", &name])
-            .output()?;
+            .args(["download", "--print-uris", name])
+            .output()
+            .with_context(|| self.missing(&format!("package {name}")))?;
         package(&uri).with_context(|| self.missing(&format!("file of {name}")))
     }
 
@@ -142,10 +143,16 @@ impl Apt {
     }
 }
 
-/// The first dependency in what `apt-cache depends` prints.
-fn dependency(text: &str) -> Option<&str> {
+/// The dependencies in what `apt-cache depends` prints.
+fn dependencies(text: &str) -> Vec<String> {
     text.lines()
-        .find_map(|line| line.trim_start().strip_prefix("Depends: "))
+        .map(str::trim_start)
+        .filter_map(|line| {
+            line.strip_prefix("Depends: ")
+                .or_else(|| line.strip_prefix("PreDepends: "))
+        })
+        .map(str::to_owned)
+        .collect()
 }
 
 /// From `'URI' NAME_VERSION_ARCHITECTURE.deb SIZE HASH`.
@@ -165,9 +172,9 @@ mod tests {
 
     #[test]
     fn what_apt_prints_is_read() {
-        let text = "linux-source\n  Depends: linux-source-7.3\n";
-        assert_eq!(dependency(text), Some("linux-source-7.3"));
-        assert_eq!(dependency("linux-source\n"), None);
+        let text = "a\n  PreDepends: b\n  Depends: c\n    d\n";
+        assert_eq!(dependencies(text), ["b", "c"]);
+        assert!(dependencies("a\n").is_empty());
         let uri = "'http://mirror/pool/a_1%7erc2_all.deb' a_1~rc2_all.deb 166 SHA256:ae95\n";
         let expected = Package {
             name: "a".into(),
