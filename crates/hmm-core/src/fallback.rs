@@ -24,6 +24,7 @@ use hmm_types::{
 use crate::engine::{AGAIN_LIMIT, Engine};
 use crate::executor::{BOUNCE_LEN, BOUNCE_PAGES, Executor};
 use crate::home::run_transfers;
+use crate::map::Block;
 use crate::page::PageState;
 use crate::staging::PageSet;
 use crate::upload::{Fate, Flight, Passed, Target};
@@ -304,7 +305,7 @@ impl Engine<'_> {
             }
             offset += pages;
         }
-        if self.is_dropped(executor, flight, claimed) {
+        if self.is_dropped(executor, flight) {
             Ok(())
         } else {
             Err(flight.pages)
@@ -314,15 +315,10 @@ impl Engine<'_> {
     /// Whether all of a flight is gone from the program. The drop went by address:
     /// memory that was remapped in between, and left its mapping behind
     /// (MREMAP_DONTUNMAP), is still there.
-    pub(crate) fn is_dropped(
-        &self,
-        executor: &mut Executor,
-        flight: &Flight,
-        claimed: PageRange,
-    ) -> bool {
+    pub(crate) fn is_dropped(&self, executor: &mut Executor, flight: &Flight) -> bool {
         let mut attempt = 0;
         loop {
-            match self.was_dropped(flight, claimed) {
+            match self.was_dropped(flight) {
                 Some(dropped) => return dropped,
                 None if self.wait_for_events(executor, attempt) => attempt += 1,
                 None => return false,
@@ -330,27 +326,46 @@ impl Engine<'_> {
         }
     }
 
+    /// Whether none of a flight's pages is there, wherever they are mapped now. One
+    /// may be although the drop has succeeded: it was remapped; or the mapping was
+    /// split while the report was read, and the kernel left the rest alone (6.1).
+    fn is_gone(&self, block: &Block, flight: &Flight) -> Option<bool> {
+        let mut offset = 0;
+        while offset < flight.pages {
+            let left = flight.pages - offset;
+            let Some(place) = block.place_of(flight.first + offset, left) else {
+                offset += 1;
+                continue;
+            };
+            if block.is_hugetlb() && self.space.write_protect(place, false).stop.is_some() {
+                return None;
+            }
+            let there = self.present_pages(place);
+            if !there.is_some_and(|(present, _)| present.is_empty()) {
+                return Some(false);
+            }
+            offset += u32::try_from(place.pages().get()).unwrap_or(1);
+        }
+        Some(true)
+    }
+
     /// `None` while a change is under way that may be a remap of the pages.
-    fn was_dropped(&self, flight: &Flight, claimed: PageRange) -> Option<bool> {
+    fn was_dropped(&self, flight: &Flight) -> Option<bool> {
         let map = self.gate.read();
         let block = map.block(flight.block);
         let inner = block.lock();
         if !self.space.is_quiet() {
             return None;
         }
-        Some((0..flight.pages).all(|offset| {
-            let index = flight.first + offset;
+        let reported = (flight.first..flight.first + flight.pages).all(|index| {
             let entry = inner.entry(index);
-            let reported = matches!(entry.state(), PageState::Dropped { .. });
-            let at = claimed.start().plus_pages(u64::from(offset));
-            let gone = match block.place_of(index, 1) {
-                Some(place) if place.start() != at => self
-                    .present_pages(place)
-                    .is_some_and(|(present, _)| present.is_empty()),
-                _ => true,
-            };
-            entry.doomed() || (reported && gone)
-        }))
+            entry.doomed() || matches!(entry.state(), PageState::Dropped { .. })
+        });
+        if reported {
+            self.is_gone(block, flight)
+        } else {
+            Some(false)
+        }
     }
 
     /// The next pages that are still wanted and lie together.
@@ -449,6 +464,13 @@ impl Engine<'_> {
             Ours::IfAt(claimed) => place.is_none_or(|place| place.start() == claimed),
         };
         if let Some(place) = place {
+            // In hugetlbfs what was dropped under protection looks like a page.
+            if block.is_hugetlb()
+                && patient
+                && self.space.write_protect(place, false).stop == Some(Stop::Again)
+            {
+                return false;
+            }
             // The drop was reported, but went by an address where the page may
             // not have been any more. Looked at first: what the next call does
             // not refuse was true here.

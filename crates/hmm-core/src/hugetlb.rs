@@ -175,7 +175,7 @@ impl Engine<'_> {
             let dropped = unchanged.then(|| self.space.discard(span).is_ok());
             let mut gone = dropped == Some(true);
             for page in pages() {
-                gone = gone && self.is_dropped(executor, &page.flight, page.place);
+                gone = gone && self.is_dropped(executor, &page.flight);
             }
             if gone {
                 for page in pages() {

@@ -441,14 +441,18 @@ impl AddressSpace for SimSpace {
         };
         let mut all_there = self.state().own().covered(range);
         let parts: Vec<_> = self.state().own().overlapping(range).collect();
+        // All of it from the start: what is mapped where the call has not been yet
+        // is hit as well.
+        self.state().dropping.push(range);
+        let mut locked = false;
         for vma in parts {
             if vma.locked {
-                return Err(refuses(EINVAL));
+                locked = true;
+                break;
             }
             if vma.registered {
                 let ticket = {
                     let mut state = self.state();
-                    state.dropping.push(vma.range);
                     let State { queue, rng, .. } = &mut *state;
                     let space = SpaceId::OWN;
                     queue.post(
@@ -468,9 +472,14 @@ impl AddressSpace for SimSpace {
             let mut state = self.state();
             all_there &= state.own().covered(vma.range);
             state.own().zap(vma.range);
-            if let Some(done) = state.dropping.iter().position(|&r| r == vma.range) {
-                state.dropping.remove(done);
-            }
+        }
+        let mut state = self.state();
+        if let Some(done) = state.dropping.iter().position(|&r| r == range) {
+            state.dropping.remove(done);
+        }
+        drop(state);
+        if locked {
+            return Err(refuses(EINVAL));
         }
         if all_there {
             Ok(())
