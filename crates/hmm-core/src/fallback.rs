@@ -292,6 +292,7 @@ impl Engine<'_> {
     ) -> Result<(), u32> {
         let mut offset = 0;
         while offset < flight.pages {
+            self.read_changes(executor);
             let Some((place, pages)) = self.mark_dropping(flight, offset, frames, device) else {
                 offset += 1;
                 continue;
@@ -309,6 +310,15 @@ impl Engine<'_> {
             Ok(())
         } else {
             Err(flight.pages)
+        }
+    }
+
+    /// The drop goes by address: who has mapped something else there is to have been
+    /// heard of first.
+    pub(crate) fn read_changes(&self, executor: &mut Executor) {
+        let mut attempt = 0;
+        while !self.space.is_quiet() && self.wait_for_events(executor, attempt) {
+            attempt += 1;
         }
     }
 

@@ -167,6 +167,7 @@ impl Engine<'_> {
         let pages = || copied.iter().flatten();
         if let Some(last) = pages().next_back() {
             let span = PageRange::span(range.start(), last.place.end());
+            self.read_changes(executor);
             let unchanged = pages().all(|page| {
                 let marked = self.mark_dropping(&page.flight, 0, page.frames, target.device);
                 marked.is_some_and(|(place, _)| place == page.place)
