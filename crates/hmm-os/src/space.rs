@@ -32,7 +32,7 @@ use crate::thread::table;
 use crate::thread_memory::ThreadMemory;
 use crate::uffd::{
     FEATURE_FORK, FEATURE_MOVE, FEATURE_WP, FEATURES_HUGETLB, FEATURES_NEEDED, FEATURES_WANTED,
-    Reach, Uffd,
+    Reach, Side, Uffd,
 };
 
 /// The descriptors and the memory of an open space.
@@ -574,14 +574,15 @@ impl AddressSpace for LinuxSpace {
         if !self.capabilities.move_pages {
             return stopped(Stop::Incompatible);
         }
-        debug_assert!(
-            parts
-                .staging
-                .contains(PageRange::from_pages(to, from.pages()))
-                || parts.staging.contains(from),
-            "neither {from} nor {to} is staging memory"
+        let leaves = parts
+            .staging
+            .contains(PageRange::from_pages(to, from.pages()));
+        assert!(
+            leaves != parts.staging.contains(from),
+            "one of {from} and {to} has to be staging memory"
         );
-        parts.uffd.move_pages(from, to, &parts.pagemap)
+        let own = if leaves { Side::To } else { Side::From };
+        parts.uffd.move_pages(from, to, own, &parts.pagemap)
     }
 
     fn copy_pages(&self, space: SpaceId, from: VirtAddr, to: PageRange) -> Progress {

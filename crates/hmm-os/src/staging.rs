@@ -19,7 +19,7 @@ use rustix::io::Result;
 
 use crate::pagemap::Pagemap;
 use crate::region::Region;
-use crate::uffd::{FEATURE_MOVE, Uffd};
+use crate::uffd::{FEATURE_MOVE, Side, Uffd};
 
 /// How much address space staging memory gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,7 +132,7 @@ fn fill(slot: PageRange, fresh: PageRange, uffd: &Uffd, pagemap: &Pagemap) -> bo
         let from = fresh.slice(done, total - done);
         let to = slot.slice(done, total - done);
         let Progress { done: more, stop } = if uffd.features() & FEATURE_MOVE != 0 {
-            uffd.move_pages(from, to.start(), pagemap)
+            uffd.move_pages(from, to.start(), Side::From, pagemap)
         } else {
             uffd.copy(from.start(), to)
         };

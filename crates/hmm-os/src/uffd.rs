@@ -199,8 +199,16 @@ impl Uffd {
         unsafe { abi::ioctl(self.as_fd(), abi::UFFDIO_UNREGISTER, &mut argument) }.map(drop)
     }
 
-    /// Moves pages; holes count as done. Wakes nobody.
-    pub(crate) fn move_pages(&self, from: PageRange, to: VirtAddr, pagemap: &Pagemap) -> Progress {
+    /// Moves pages; holes count as done. Wakes nobody. `own` is the side that
+    /// nobody else changes meanwhile: where pages have moved to, that was empty, or
+    /// where they came from, that had them all.
+    pub(crate) fn move_pages(
+        &self,
+        from: PageRange,
+        to: VirtAddr,
+        own: Side,
+        pagemap: &Pagemap,
+    ) -> Progress {
         let progress = advance(from.pages(), |first, pages| {
             let mut argument = abi::uffdio_move {
                 dst: to.plus_pages(first).get(),
@@ -213,9 +221,17 @@ impl Uffd {
             // tracked by core, which decided that its pages go.
             let result = unsafe { abi::ioctl(self.as_fd(), abi::UFFDIO_MOVE, &mut argument) };
             let mut step = step(pages, argument.move_, result);
-            if step.error == Some(Errno::EXIST) {
-                let rest = from.slice(first, pages);
-                step.done = uncounted(pagemap, rest, to.plus_pages(first));
+            // At once: the next call may be refused for another reason.
+            if step.error == Some(Errno::EXIST) || step.error.is_some() && step.done > 0 {
+                let first = first + step.done;
+                let rest = match own {
+                    Side::From => from.slice(first, pages - step.done),
+                    Side::To => {
+                        let pages = PageCount::new(pages - step.done);
+                        PageRange::from_pages(to.plus_pages(first), pages)
+                    }
+                };
+                step.done += uncounted(pagemap, rest, own);
             }
             step
         });
@@ -341,6 +357,13 @@ impl Uffd {
     }
 }
 
+/// One end of a move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Side {
+    From,
+    To,
+}
+
 /// How many pages have moved although the kernel says that it met others in
 /// their place.
 ///
@@ -348,33 +371,25 @@ impl Uffd {
 /// has had to try a page again, because the page was locked for a moment, it
 /// moves the batch that begins there but does not count it, tries the same page
 /// once more, and finds the one it has just moved in the way. So what is there
-/// tells: the pages are at `to`, and where they came from are holes.
-fn uncounted(pagemap: &Pagemap, from: PageRange, to: VirtAddr) -> u64 {
-    let leading = |range: PageRange, wanted: fn(Presence) -> bool| {
-        let mut len = 0;
-        let seen = pagemap.visit(range, &mut |span, presence| {
-            if wanted(presence) && span.start() == range.start().plus_pages(len) {
-                len += span.pages().get();
-            }
-        });
-        if let Err(error) = seen {
-            fail(format_args!(
-                "cannot tell which pages of {from} the kernel has moved to {to} ({error}); going \
-                 on could lose them, so the process ends now"
-            ));
+/// tells: pages where there was none, or none where there were pages.
+///
+/// Only on the side that is the engine's own. The other one is the program's,
+/// which may have remapped or dropped what has come home before this looks.
+fn uncounted(pagemap: &Pagemap, rest: PageRange, own: Side) -> u64 {
+    let mut moved = 0;
+    let seen = pagemap.visit(rest, &mut |span, presence| {
+        let there = matches!(presence, Presence::Present { .. });
+        if there == (own == Side::To) && span.start() == rest.start().plus_pages(moved) {
+            moved += span.pages().get();
         }
-        len
-    };
-    let there = PageRange::from_pages(to, from.pages());
-    let arrived = leading(there, |presence| {
-        matches!(presence, Presence::Present { .. })
     });
-    match arrived {
-        0 => 0,
-        _ => leading(from.slice(0, arrived), |presence| {
-            presence == Presence::Hole
-        }),
+    if let Err(error) = seen {
+        fail(format_args!(
+            "cannot tell which pages the kernel has moved, by what is at {rest} ({error}); going \
+             on could lose them, so the process ends now"
+        ));
     }
+    moved
 }
 
 fn raw_range(range: PageRange) -> abi::uffdio_range {

@@ -3,10 +3,11 @@
 mod common;
 
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{Area, HUGE, SMALL, done, fork, kill, load, open, open_without, stopped, tag};
-use hmm_hal::{AddressSpace, Presence, Progress, RegisterError, SpaceId, Stop};
+use hmm_hal::{AddressSpace, Event, Presence, Progress, RegisterError, SpaceId, Stop};
 use hmm_os::{Disable, LinuxSpace};
 use hmm_types::{PageRange, StayReason, VirtAddr};
 
@@ -124,6 +125,104 @@ fn no_page_moves_uncounted() {
             area.advise(libc::MADV_COLD);
         }
     });
+}
+
+/// The same while the mapping moves to another place, which waits until the call is
+/// over and is quicker then than a look at the page table.
+#[test]
+fn no_page_moves_uncounted_while_its_mapping_moves() {
+    const PAGES: u64 = 256;
+    let Some(os) = open() else { return };
+    if os.lacks(!os.space.capabilities().move_pages, "UFFDIO_MOVE") {
+        return;
+    }
+    let area = Area::new(PAGES as usize, false);
+    area.fill();
+    os.space.register(area.range).unwrap();
+    let slot = os.small_slot(0).slice(0, PAGES);
+    // Moves all pages, out or home, while the mapping moves away from `at`. Says
+    // where it is afterwards.
+    let move_all = |out: bool, mut at: PageRange, round: u32| {
+        let begun = AtomicBool::new(false);
+        let (old, first) = (at, if out { at } else { slot });
+        std::thread::scope(|scope| {
+            let remapping = scope.spawn(|| {
+                begun.store(true, Ordering::Release);
+                // Locks each page for a moment.
+                (0..round % 5).for_each(|_| advise(first, libc::MADV_COLD));
+                remap(old)
+            });
+            while !begun.load(Ordering::Acquire) {
+                std::hint::spin_loop();
+            }
+            let (mut moved, mut refused) = (0, None);
+            // A remap is two events: its thread waits for both to be read.
+            while moved < PAGES || !remapping.is_finished() {
+                let (from, to) = if out { (at, slot) } else { (slot, at) };
+                let progress = if moved == PAGES {
+                    stopped(0, Stop::Again)
+                } else {
+                    let rest = from.slice(moved, PAGES - moved);
+                    os.space.move_pages(rest, to.start().plus_pages(moved))
+                };
+                moved += progress.done.get();
+                let still = if out { Presence::Hole } else { SMALL };
+                if moved < PAGES && !os.all_are(slot.slice(moved, PAGES - moved), still) {
+                    (moved, refused) = (PAGES, Some((progress, from, to)));
+                }
+                match progress.stop {
+                    None => {}
+                    Some(Stop::Again | Stop::NotMapped) => {
+                        if let Some(Event::Remap { to, .. }) = os.space.read_event() {
+                            at = PageRange::from_pages(to, at.pages());
+                        }
+                    }
+                    Some(_) => (moved, refused) = (PAGES, Some((progress, from, to))),
+                }
+            }
+            assert_eq!(refused, None);
+            at
+        })
+    };
+    let end = Instant::now() + Duration::from_secs(3);
+    let (mut at, mut round) = (area.range, 0);
+    while Instant::now() < end {
+        round += 1;
+        at = move_all(true, at, round);
+        assert!(os.all_are(at, Presence::Hole), "not all pages went");
+        assert!(os.all_are(slot, SMALL), "pages got lost on the way out");
+        at = move_all(false, at, round);
+        assert!(os.all_are(slot, Presence::Hole), "not all pages came");
+        assert!(os.all_are(at, SMALL), "pages got lost on the way home");
+        at.iter_pages()
+            .enumerate()
+            .for_each(|(page, at)| assert_eq!(load(at), tag(page)));
+    }
+}
+
+/// Moves a mapping to another place.
+fn remap(range: PageRange) -> PageRange {
+    let bytes = usize::try_from(range.bytes().get()).unwrap();
+    // SAFETY: the new place is reserved first, and only the test uses either.
+    let to = unsafe {
+        let (flags, old) = (
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            std::ptr::with_exposed_provenance_mut(range.start().addr()),
+        );
+        let place = libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_NONE, flags, -1, 0);
+        assert_ne!(place, libc::MAP_FAILED);
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        libc::mremap(old, bytes, bytes, flags, place)
+    };
+    assert_ne!(to, libc::MAP_FAILED);
+    PageRange::from_pages(VirtAddr::of(to.cast::<u8>()), range.pages())
+}
+
+fn advise(range: PageRange, advice: i32) {
+    let start = std::ptr::with_exposed_provenance_mut(range.start().addr());
+    let bytes = usize::try_from(range.bytes().get()).unwrap();
+    // SAFETY: the tests give advice that keeps what is there.
+    unsafe { libc::madvise(start, bytes, advice) };
 }
 
 #[test]
