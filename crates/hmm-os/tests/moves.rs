@@ -136,7 +136,7 @@ fn no_page_moves_uncounted_while_its_mapping_moves() {
     if os.lacks(!os.space.capabilities().move_pages, "UFFDIO_MOVE") {
         return;
     }
-    let area = Area::new(PAGES as usize, false);
+    let area = Area::new(256, false);
     area.fill();
     os.space.register(area.range).unwrap();
     let slot = os.small_slot(0).slice(0, PAGES);
