@@ -506,12 +506,7 @@ impl Engine<'_> {
                 inner.set(index, PageState::Device { device, frame });
             } else if entry.state().in_flight() {
                 slot.free(FrameRange::new(frame, 1));
-                let state = if doomed {
-                    Self::after_removal(block, index)
-                } else {
-                    PageState::System
-                };
-                inner.set(index, state);
+                inner.set(index, Self::at_home(block, index, doomed));
             }
             if entry.parked() {
                 self.wake_pages(block, index, 1);

@@ -516,6 +516,16 @@ impl Engine<'_> {
         }
     }
 
+    /// The state of a page that was in flight and is the CPU's again, unless the
+    /// program removed it.
+    pub(crate) fn at_home(block: &Block, index: u32, removed: bool) -> PageState {
+        if removed {
+            Self::after_removal(block, index)
+        } else {
+            PageState::System
+        }
+    }
+
     /// Wakes whoever waits for pages of a block, wherever they are mapped now.
     pub(crate) fn wake_pages(&self, block: &Block, first: u32, pages: u32) {
         for piece in block.pieces() {
@@ -576,12 +586,7 @@ impl Engine<'_> {
             } else {
                 self.staging.lock().put(staging_page, false);
             }
-            let state = if entry.doomed() {
-                Self::after_removal(block, index)
-            } else {
-                PageState::System
-            };
-            inner.set(index, state);
+            inner.set(index, Self::at_home(block, index, entry.doomed()));
             if entry.parked() {
                 self.wake_pages(block, index, 1);
             }

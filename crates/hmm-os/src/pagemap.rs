@@ -111,29 +111,30 @@ impl Pagemap {
         shared: bool,
         visit: &mut dyn FnMut(PageRange, CpuPage),
     ) -> Result<()> {
-        let mut spans = |span, categories: u64| {
-            let zero = categories & ZERO != 0;
-            let huge = categories & HUGE != 0;
-            let private = !zero && categories & FILE == 0;
-            self.each_word(span, &mut |page, word| {
-                let own = shared || (private && word[7] & EXCLUSIVE != 0);
-                visit(
-                    page,
-                    CpuPage {
-                        huge,
-                        gigantic: false,
-                        zero,
-                        own,
-                    },
-                );
-            })
+        let mut found = |page, word: &[u8], huge, zero, private| {
+            let own = shared || (private && word[7] & EXCLUSIVE != 0);
+            visit(
+                page,
+                CpuPage {
+                    huge,
+                    gigantic: false,
+                    zero,
+                    own,
+                },
+            );
         };
         if self.scan {
             let mut result = Ok(());
             self.scan(range, ZERO | FILE | self.guard, &mut |span, categories| {
-                if categories & self.guard == 0 {
-                    result = result.and_then(|()| spans(span, categories));
+                if categories & self.guard != 0 || result.is_err() {
+                    return;
                 }
+                let zero = categories & ZERO != 0;
+                let huge = categories & HUGE != 0;
+                let private = !zero && categories & FILE == 0;
+                result = self.each_word(span, &mut |page, word| {
+                    found(page, word, huge, zero, private);
+                });
             })?;
             return result;
         }
@@ -141,17 +142,7 @@ impl Pagemap {
         self.each_word(range, &mut |page, word| {
             if word[7] & PRESENT_OR_SWAPPED != 0 {
                 let anonymous = word[7] & FILE_OR_SHARED == 0;
-                let own = shared || (anonymous && word[7] & EXCLUSIVE != 0);
-                let (huge, zero) = (false, false);
-                visit(
-                    page,
-                    CpuPage {
-                        huge,
-                        gigantic: false,
-                        zero,
-                        own,
-                    },
-                );
+                found(page, word, false, false, anonymous);
             }
         })
     }

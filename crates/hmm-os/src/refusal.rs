@@ -76,18 +76,32 @@ pub(crate) fn has_huge_page() -> Result<bool> {
 
 /// Size of a mapping's pages, as the kernel has them.
 pub(crate) fn page_bytes(range: PageRange) -> Result<u64> {
+    let size = smaps_line(
+        |mapping| mapping == range,
+        b"KernelPageSize:",
+        |rest| decimal(rest.trim_ascii_start()).map_or(0, |(kib, _)| kib << 10),
+    )?;
+    Ok(size.unwrap_or(0))
+}
+
+/// What a line of /proc/self/smaps says about the first mapping that is meant.
+fn smaps_line<T>(
+    is_meant: impl Fn(PageRange) -> bool,
+    key: &[u8],
+    read: impl FnOnce(&[u8]) -> T,
+) -> Result<Option<T>> {
     let flags = OFlags::CLOEXEC | OFlags::RDONLY;
     let smaps = open(c"/proc/self/smaps", flags, Mode::empty())?;
     let mut lines = Lines::new(smaps.as_fd());
     let mut inside = false;
     while let Some(line) = lines.next()? {
         if let Some(vma) = parse_line(line) {
-            inside = vma.range == range;
-        } else if inside && let Some(rest) = line.strip_prefix(b"KernelPageSize:") {
-            return Ok(decimal(rest.trim_ascii_start()).map_or(0, |(kib, _)| kib << 10));
+            inside = is_meant(vma.range);
+        } else if inside && let Some(rest) = line.strip_prefix(key) {
+            return Ok(Some(read(rest)));
         }
     }
-    Ok(0)
+    Ok(None)
 }
 
 /// Whether a line of /proc/self/status has another number than 0.
@@ -106,18 +120,8 @@ fn counts_any(key: &[u8]) -> Result<bool> {
 
 /// What the flags of the page's mapping say.
 fn flags_of(page: PageRange) -> Result<Option<StayReason>> {
-    let flags = OFlags::CLOEXEC | OFlags::RDONLY;
-    let smaps = open(c"/proc/self/smaps", flags, Mode::empty())?;
-    let mut lines = Lines::new(smaps.as_fd());
-    let mut inside = false;
-    while let Some(line) = lines.next()? {
-        if let Some(vma) = parse_line(line) {
-            inside = vma.range.overlaps(page);
-        } else if inside && let Some(flags) = line.strip_prefix(b"VmFlags:") {
-            return Ok(reason_in(flags));
-        }
-    }
-    Ok(None)
+    let reason = smaps_line(|mapping| mapping.overlaps(page), b"VmFlags:", reason_in)?;
+    Ok(reason.flatten())
 }
 
 /// Visits the mappings that a forked child finds empty. Reads all of smaps,

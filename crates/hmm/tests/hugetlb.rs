@@ -421,18 +421,41 @@ fn a_child_without_a_page_holds_up_nobody() {
     end(hmm, &device);
 }
 
+/// A reserved page of 1 GiB, given back at the end.
+struct Gigabyte;
+
+impl Gigabyte {
+    const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages";
+
+    fn reserve() -> Result<Self, String> {
+        let pool = std::fs::write(Self::POOL, "1")
+            .and_then(|()| std::fs::read_to_string(Self::POOL))
+            .map_err(|error| error.to_string())?;
+        let reserved = Self;
+        match pool.trim() {
+            "1" => Ok(reserved),
+            pages => Err(format!("{pages} after one was asked for")),
+        }
+    }
+}
+
+impl Drop for Gigabyte {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::write(Self::POOL, "0") {
+            println!("a page of 1 GiB stays reserved: {error}");
+        }
+    }
+}
+
 /// Without PROCMAP_QUERY the size of pages is looked up elsewhere.
 #[test]
 fn pages_of_a_gigabyte_are_told_without_procmap_query() {
-    const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages";
     let _pool = pool!(0);
     let _dog = watchdog("pages_of_a_gigabyte_are_told_without_procmap_query", 60);
-    let reserve = |pages: &str| std::fs::write(POOL, pages);
-    let reserved = reserve("1").and_then(|()| std::fs::read_to_string(POOL));
-    if reserved.as_deref().map(str::trim).ok() != Some("1") {
-        let _ = reserve("0");
-        skip!("no page of 1 GiB can be reserved: {reserved:?}");
-    }
+    let _gigabyte = match Gigabyte::reserve() {
+        Ok(reserved) => reserved,
+        Err(why) => skip!("no page of 1 GiB can be reserved: {why}"),
+    };
     let disable = Disable {
         procmap_query: true,
         ..Disable::default()
@@ -449,7 +472,6 @@ fn pages_of_a_gigabyte_are_told_without_procmap_query() {
     assert_eq!(map.get(7777 * WORDS), 3);
     drop(map);
     end(hmm, &device);
-    reserve("0").unwrap();
 }
 
 /// Before a fork that is not reported everything has to come home, for which the
@@ -519,20 +541,14 @@ fn a_mirror_sees_huge_pages() {
 /// Pages of a gigabyte stay, and devices use them in place.
 #[test]
 fn a_page_of_a_gigabyte_is_used_in_place() {
-    const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages";
     const MAP_HUGE_1GB: i32 = 30 << 26;
     const GIGABYTE: usize = 262_144;
     let _pool = pool!(0);
     let _dog = watchdog("a_page_of_a_gigabyte_is_used_in_place", 60);
-    let reserve = |pages: &str| std::fs::write(POOL, pages);
-    let reserved = reserve("1").and_then(|()| std::fs::read_to_string(POOL));
-    match &reserved {
-        Ok(pages) if pages.trim() == "1" => {}
-        other => {
-            let _ = reserve("0");
-            skip!("no page of 1 GiB can be reserved: {other:?}");
-        }
-    }
+    let _gigabyte = match Gigabyte::reserve() {
+        Ok(reserved) => reserved,
+        Err(why) => skip!("no page of 1 GiB can be reserved: {why}"),
+    };
     let (hmm, device) = engine(16);
     let access = libc::PROT_READ | libc::PROT_WRITE;
     let flags = libc::MAP_PRIVATE | libc::MAP_HUGETLB | MAP_HUGE_1GB;
@@ -554,7 +570,6 @@ fn a_page_of_a_gigabyte_is_used_in_place() {
     );
     drop(map);
     end(hmm, &device);
-    reserve("0").unwrap();
 }
 
 /// The kernel has no page left to put the data into: it stays where it is, who

@@ -252,23 +252,6 @@ fn debug_while_moving(
     steady: &Map,
 ) {
     while_moving(hmm, device, &[map, steady], || {
-        let answer = peer.ask(LOOP);
-        let told = |word| cell(peer.control, word).load(Ordering::Relaxed);
-        println!("{} rounds, {} refused", told(ROUNDS), told(REFUSED));
-        assert_ne!(
-            answer,
-            WRONG,
-            "word {} is {:#x} instead of {:#x}, in round {}",
-            told(WRONG_WORD),
-            told(WRONG_VALUE),
-            told(LAST_SEED),
-            told(ROUNDS)
-        );
-        assert_eq!(
-            answer,
-            0,
-            "{}",
-            Error::from_raw_os_error(i32::try_from(-answer).unwrap_or(0))
-        );
+        peer.loops("ptrace");
     });
 }

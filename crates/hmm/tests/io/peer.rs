@@ -84,6 +84,28 @@ impl<'a> Peer<'a> {
             .cast_signed()
     }
 
+    /// Has it do its loop; how many rounds it did, of which all were right.
+    pub(crate) fn loops(&self, what: &str) -> u64 {
+        let answer = self.ask(LOOP);
+        let told = |word| cell(self.control, word).load(Ordering::Relaxed);
+        let rounds = told(ROUNDS);
+        println!("{what}: {rounds} rounds, {} refused", told(REFUSED));
+        assert_ne!(
+            answer,
+            WRONG,
+            "{what}: word {} is {:#x} in round {rounds}, after {:#x}",
+            told(WRONG_WORD),
+            told(WRONG_VALUE),
+            told(LAST_SEED)
+        );
+        assert!(
+            answer >= 0,
+            "{what}: {}",
+            Error::from_raw_os_error(i32::try_from(-answer).unwrap_or(0))
+        );
+        rounds
+    }
+
     /// Asks for a count.
     pub(crate) fn try_count(&self, command: u64) -> Result<usize> {
         let answer = self.ask(command);
@@ -289,29 +311,9 @@ pub(crate) fn reach_while_moving(
     steady: &Map,
 ) {
     while_moving(hmm, device, &[map, steady], || {
-        let answer = peer.ask(LOOP);
-        let told = |word| cell(peer.control, word).load(Ordering::Relaxed);
-        println!(
-            "{how:?}: {} rounds, {} refused",
-            told(ROUNDS),
-            told(REFUSED)
-        );
-        assert_ne!(
-            answer,
-            WRONG,
-            "{how:?}: word {} is {:#x} in round {} with seed {}",
-            told(WRONG_WORD).cast_signed(),
-            told(WRONG_VALUE),
-            told(ROUNDS),
-            told(LAST_SEED)
-        );
+        let rounds = peer.loops(&format!("{how:?}"));
         assert!(
-            answer >= 0,
-            "{how:?}: {}",
-            Error::from_raw_os_error(i32::try_from(-answer).unwrap_or(0))
-        );
-        assert!(
-            told(ROUNDS) > 0 || how == Reach::File || !hmm.serves_kernel_faults(),
+            rounds > 0 || how == Reach::File || !hmm.serves_kernel_faults(),
             "{how:?}: nothing was done"
         );
     });
