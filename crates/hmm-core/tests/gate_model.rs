@@ -117,6 +117,7 @@ impl AddressSpace for Space {
             kernel_faults: true,
             write_protect: true,
             tells_guards: true,
+            poison: true,
         }
     }
 

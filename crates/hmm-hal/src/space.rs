@@ -21,6 +21,9 @@ pub struct Capabilities {
     pub write_protect: bool,
     /// Guards (MADV_GUARD_INSTALL) are told from pages.
     pub tells_guards: bool,
+    /// Pages can be marked so that touching one raises SIGBUS (UFFDIO_POISON,
+    /// Linux 6.6). Else the process ends where data is lost.
+    pub poison: bool,
 }
 
 /// Address ranges of the engine's staging memory, registered like the

@@ -31,8 +31,8 @@ use crate::text::Lines;
 use crate::thread::table;
 use crate::thread_memory::ThreadMemory;
 use crate::uffd::{
-    FEATURE_FORK, FEATURE_MOVE, FEATURE_WP, FEATURES_HUGETLB, FEATURES_NEEDED, FEATURES_WANTED,
-    Reach, Side, Uffd,
+    FEATURE_FORK, FEATURE_MOVE, FEATURE_POISON, FEATURE_WP, FEATURES_HUGETLB, FEATURES_NEEDED,
+    FEATURES_WANTED, Reach, Side, Uffd,
 };
 
 /// The descriptors and the memory of an open space.
@@ -137,6 +137,7 @@ impl LinuxSpace {
                 kernel_faults: reach == Reach::Full,
                 write_protect: has(FEATURE_WP),
                 tells_guards: pagemap.tells_guards(),
+                poison: has(FEATURE_POISON),
             },
             // Before a fork that is not reported everything must come home, and the
             // kernel's pool of huge pages may be empty for long.
@@ -507,9 +508,18 @@ impl AddressSpace for LinuxSpace {
         let mut seen = Ok(());
         let found = parts.map.visit(range, &mut |vma| {
             if let Some(part) = vma.range.intersection(range) {
-                let mut visit = |part, page| {
+                let mut visit = |part, page: CpuPage| {
+                    // A plain page map does not tell huge pages from small ones.
+                    let huge = page.huge || vma.kind == MemoryKind::HugeTlb;
                     let gigantic = vma.gigantic;
-                    visit(part, CpuPage { gigantic, ..page });
+                    visit(
+                        part,
+                        CpuPage {
+                            huge,
+                            gigantic,
+                            ..page
+                        },
+                    );
                 };
                 seen = seen.and_then(|()| parts.pagemap.visit_pages(part, vma.shared, &mut visit));
             }

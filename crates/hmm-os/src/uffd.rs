@@ -60,6 +60,7 @@ pub(crate) const FEATURE_FORK: u64 = raw::UFFD_FEATURE_EVENT_FORK as u64;
 pub(crate) const FEATURES_HUGETLB: u64 =
     raw::UFFD_FEATURE_MISSING_HUGETLBFS as u64 | raw::UFFD_FEATURE_WP_HUGETLBFS_SHMEM as u64;
 pub(crate) const FEATURE_MOVE: u64 = raw::UFFD_FEATURE_MOVE as u64;
+pub(crate) const FEATURE_POISON: u64 = raw::UFFD_FEATURE_POISON as u64;
 /// Without these a mapping could change unseen, and data be lost.
 pub(crate) const FEATURES_NEEDED: u64 = raw::UFFD_FEATURE_EVENT_REMAP as u64
     | raw::UFFD_FEATURE_EVENT_REMOVE as u64
@@ -69,7 +70,7 @@ pub(crate) const FEATURES_WANTED: u64 = FEATURES_NEEDED
     | FEATURE_FORK
     | FEATURE_MOVE
     | FEATURES_HUGETLB
-    | raw::UFFD_FEATURE_POISON as u64
+    | FEATURE_POISON
     | raw::UFFD_FEATURE_THREAD_ID as u64;
 
 /// How a context was opened.

@@ -84,7 +84,7 @@ fn writes_to_protected_pages_are_faults() {
 #[test]
 fn nothing_moves_while_an_event_waits() {
     let Some(os) = open() else { return };
-    if os.lacks(!os.space.capabilities().move_pages, "UFFDIO_MOVE") {
+    if os.lacks_move() {
         return;
     }
     let area = Area::new(64, false);
@@ -166,6 +166,9 @@ fn dropped_and_moved_mappings_are_reported() {
 #[test]
 fn a_child_gets_its_pages() {
     let Some(os) = open() else { return };
+    if os.lacks_move() {
+        return;
+    }
     if os.lacks(
         !os.space.capabilities().fork_events,
         "fork events (CAP_SYS_PTRACE)",

@@ -14,7 +14,7 @@ use hmm_types::{PageRange, StayReason, VirtAddr};
 #[test]
 fn small_pages_go_out_and_come_back() {
     let Some(os) = open() else { return };
-    if os.lacks(!os.space.capabilities().move_pages, "UFFDIO_MOVE") {
+    if os.lacks_move() {
         return;
     }
     let area = Area::new(512, false);
@@ -61,7 +61,7 @@ fn huge_pages_stay_huge() {
 #[test]
 fn holes_are_skipped() {
     let Some(os) = open() else { return };
-    if os.lacks(!os.space.capabilities().move_pages, "UFFDIO_MOVE") {
+    if os.lacks_move() {
         return;
     }
     let area = Area::new(256, false);
@@ -94,7 +94,7 @@ fn holes_are_skipped() {
 #[test]
 fn no_page_moves_uncounted() {
     let Some(os) = open() else { return };
-    if os.lacks(!os.space.capabilities().move_pages, "UFFDIO_MOVE") {
+    if os.lacks_move() {
         return;
     }
     let area = Area::new(64, false);
@@ -133,7 +133,7 @@ fn no_page_moves_uncounted() {
 fn no_page_moves_uncounted_while_its_mapping_moves() {
     const PAGES: u64 = 256;
     let Some(os) = open() else { return };
-    if os.lacks(!os.space.capabilities().move_pages, "UFFDIO_MOVE") {
+    if os.lacks_move() {
         return;
     }
     let area = Area::new(256, false);
@@ -228,6 +228,9 @@ fn advise(range: PageRange, advice: i32) {
 #[test]
 fn what_is_there_is_not_replaced() {
     let Some(os) = open() else { return };
+    if os.lacks_move() {
+        return;
+    }
     let area = Area::new(64, false);
     let other = Area::new(64, false);
     area.fill();
@@ -257,6 +260,9 @@ fn what_is_there_is_not_replaced() {
 #[test]
 fn pages_shared_with_a_child_move_once_they_are_its_own() {
     let Some(os) = open() else { return };
+    if os.lacks_move() {
+        return;
+    }
     let area = Area::new(32, false);
     area.fill();
     let child = fork(|| {
@@ -288,6 +294,9 @@ fn pages_shared_with_a_child_move_once_they_are_its_own() {
 #[test]
 fn refusals_are_explained() {
     let Some(os) = open() else { return };
+    if os.lacks_move() {
+        return;
+    }
     let slot = os.small_slot(0);
     let refused = |range: PageRange| os.space.move_pages(range, slot.start());
 
@@ -361,6 +370,9 @@ fn ranges_of_others_are_left_alone() {
 #[test]
 fn slots_are_provisioned() {
     let Some(os) = open() else { return };
+    if os.lacks_move() {
+        return;
+    }
     let small = os.small_slot(3);
     assert!(os.space.provision(small));
     assert_eq!(os.presence(small), [(small, SMALL)]);

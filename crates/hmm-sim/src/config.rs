@@ -96,6 +96,7 @@ impl SimConfig {
                 kernel_faults: true,
                 write_protect: !move_pages || !rng.one_in(8),
                 tells_guards: true,
+                poison: true,
             },
             poison,
             threads: u32::try_from(rng.between(1, 3)).unwrap_or(1),

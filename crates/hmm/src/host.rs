@@ -497,6 +497,13 @@ impl Hmm {
         self.host().engine.capabilities().move_pages
     }
 
+    /// Whether touching a page whose data was lost with its device raises SIGBUS
+    /// (Linux 6.6). Else the process ends with a message when that data is needed.
+    #[must_use]
+    pub fn marks_lost_pages(&self) -> bool {
+        self.host().engine.capabilities().poison
+    }
+
     /// Bytes that the engine's own tables take: for registered memory, and for
     /// the memory of devices.
     #[must_use]

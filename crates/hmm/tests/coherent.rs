@@ -131,6 +131,7 @@ fn changes_of_mappings_are_followed() {
 fn data_survives_every_way_between_devices() {
     let _dog = watchdog("data_survives_every_way_between_devices", 60);
     let (hmm, private) = engine(16);
+    needs_move!(hmm, "no exclusive use");
     let first = coherent(&hmm, 16);
     let second = coherent(&hmm, 16);
     let map = Map::new(PAGES);

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use common::{
     HUGE, Map, PAGE, WORDS, adds_up, all_free, device, engine, engine_of, fetch, fork, helper,
-    nothing_staged, on_device, role, run, send, wait, watchdog,
+    nothing_staged, on_device, role, run, send, signal_of_lost_data, wait, watchdog,
 };
 use hmm::{Disable, Hmm, LossMode, MirrorEntry, Pointer, SoftwareDevice, StayReason};
 
@@ -347,10 +347,13 @@ fn a_lost_device_loses_whole_pages() {
     };
     let _dog = watchdog("a_lost_device_loses_whole_pages", 60);
     if role().is_none() {
+        let (hmm, _) = engine(1);
+        let expected = signal_of_lost_data(&hmm);
+        hmm.shutdown().unwrap();
         let (status, text) = run(helper(name, "touches"), 30);
         let status = status.expect("the helper ends");
         let signal = std::os::unix::process::ExitStatusExt::signal(&status);
-        assert_eq!(signal, Some(libc::SIGBUS), "{status}: {text}");
+        assert_eq!(signal, Some(expected), "{status}: {text}");
         return;
     }
     let (hmm, device) = engine(16);
@@ -501,7 +504,21 @@ fn without_fork_events_huge_pages_stay() {
 fn a_mirror_sees_huge_pages() {
     let _pool = pool!(6);
     let _dog = watchdog("a_mirror_sees_huge_pages", 60);
-    let (hmm, device) = engine(16);
+    mirrors_huge_pages(Disable::default());
+}
+
+#[test]
+fn a_mirror_sees_huge_pages_without_pagemap_scan() {
+    let _pool = pool!(6);
+    let _dog = watchdog("a_mirror_sees_huge_pages_without_pagemap_scan", 60);
+    mirrors_huge_pages(Disable {
+        pagemap_scan: true,
+        ..Disable::default()
+    });
+}
+
+fn mirrors_huge_pages(disable: Disable) {
+    let (hmm, device) = engine_of(Hmm::builder().disable(disable), 16);
     let (map, shared) = (huge(3), huge_with(2, libc::MAP_SHARED));
     map.fill_part(0, 2 * HUGE, 12);
     shared.fill(12);

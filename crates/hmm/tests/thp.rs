@@ -56,6 +56,7 @@ fn huge_map(blocks: usize) -> Option<Map> {
 fn huge_pages_stay_huge_across_a_round_trip() {
     let _dog = watchdog("huge_pages_stay_huge_across_a_round_trip", 60);
     let (hmm, device) = engine(32);
+    needs_move!(hmm, "huge pages come home as small ones");
     let Some(map) = huge_map(4) else {
         skip!("the kernel gives no transparent huge pages here")
     };
@@ -87,6 +88,7 @@ fn huge_pages_stay_huge_across_a_round_trip() {
 fn a_touch_of_one_byte_brings_the_huge_page_home() {
     let _dog = watchdog("a_touch_of_one_byte_brings_the_huge_page_home", 60);
     let (hmm, device) = engine(32);
+    needs_move!(hmm, "huge pages come home as small ones");
     let Some(map) = huge_map(2) else {
         skip!("the kernel gives no transparent huge pages here")
     };

@@ -63,6 +63,11 @@ impl Fixture {
         missing
     }
 
+    /// Says that pages cannot be moved here (before Linux 6.8).
+    pub fn lacks_move(&self) -> bool {
+        self.lacks(!self.space.capabilities().move_pages, "UFFDIO_MOVE")
+    }
+
     /// A slot of 4 KiB staging pages.
     pub fn small_slot(&self, index: u64) -> PageRange {
         self.space.staging().small.slice(index * 512, 512)

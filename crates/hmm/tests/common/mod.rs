@@ -55,6 +55,16 @@ macro_rules! skip {
     }};
 }
 
+/// Skips what takes UFFDIO_MOVE (Linux 6.8), and says what for.
+#[macro_export]
+macro_rules! needs_move {
+    ($hmm:expr, $what:literal) => {
+        if !$hmm.moves_pages() {
+            $crate::skip!("{} without UFFDIO_MOVE (docs/virtual-machine.md)", $what);
+        }
+    };
+}
+
 /// An engine and a device with `mib` MiB of memory, which is poisoned when freed.
 pub fn engine(mib: u64) -> (Hmm, SoftwareDevice) {
     engine_of(Hmm::builder(), mib)
@@ -481,6 +491,16 @@ pub fn helper(test: &str, role: &str) -> Command {
         .env("HMM_TEST_ROLE", role)
         .stdin(Stdio::null());
     command
+}
+
+/// The signal that ends a process which needs data that was lost with its device:
+/// where the kernel marks no pages (Linux 6.5 and older) the engine ends it.
+pub fn signal_of_lost_data(hmm: &Hmm) -> i32 {
+    if hmm.marks_lost_pages() {
+        libc::SIGBUS
+    } else {
+        libc::SIGABRT
+    }
 }
 
 /// Waits for a process at most so long; its status, or `None` (it is killed

@@ -92,6 +92,7 @@ fn direct_io_is_right_while_pages_move() {
         Err(why) => skip!("{why}"),
     };
     let (hmm, device) = engine(16);
+    needs_move!(hmm, "pins cannot be seen");
     let (from, into) = (Map::new(PAGES), Map::new(PAGES));
     into.fill(0);
     let (rounds, again) = while_moving(&hmm, &device, &[&from, &into], || {

@@ -253,6 +253,9 @@ pub(crate) fn another_process_reaches(how: Reach, moving: bool) {
         result
     });
     let (hmm, device) = engine(16);
+    if moving {
+        needs_move!(hmm, "what holds pages cannot be seen");
+    }
     steady.fill(100);
     map.fill(101);
     // At home: whether this is allowed at all.

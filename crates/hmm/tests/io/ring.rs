@@ -337,6 +337,7 @@ fn registered_buffers_are_pinned_and_stay() {
         Err(error) => skip!("io_uring: {error}"),
     };
     let (hmm, device) = engine(16);
+    needs_move!(hmm, "pins cannot be seen");
     for (huge, pages) in [(false, 40), (true, HUGE)] {
         for (kind, file) in files() {
             let what = format!("{kind} file, huge {huge}");
@@ -428,6 +429,7 @@ fn fixed_io_is_right_while_everything_around_moves() {
         Err(error) => skip!("io_uring: {error}"),
     };
     let (hmm, device) = engine(16);
+    needs_move!(hmm, "pins cannot be seen");
     let (from, into, other) = (Map::new(PAGES), Map::new(PAGES), Map::new(PAGES));
     other.fill(30);
     for (kind, file) in files() {
@@ -492,6 +494,7 @@ fn plain_io_uring_requests_are_right_while_pages_move() {
         Err(error) => skip!("io_uring: {error}"),
     };
     let (hmm, device) = engine(16);
+    needs_move!(hmm, "pins cannot be seen");
     let (from, into) = (Map::new(PAGES), Map::new(PAGES));
     for (kind, file) in files() {
         from.fill(40);
