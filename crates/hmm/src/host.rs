@@ -499,6 +499,14 @@ impl Hmm {
 
     /// Whether touching a page whose data was lost with its device raises SIGBUS
     /// (Linux 6.6). Else the process ends with a message when that data is needed.
+    ///
+    /// ```no_run
+    /// # let hmm = hmm::Hmm::open()?;
+    /// if !hmm.marks_lost_pages() {
+    ///     eprintln!("a device that is lost with data may end this process");
+    /// }
+    /// # Ok::<(), hmm::Error>(())
+    /// ```
     #[must_use]
     pub fn marks_lost_pages(&self) -> bool {
         self.host().engine.capabilities().poison

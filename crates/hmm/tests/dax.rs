@@ -10,13 +10,15 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::{
     HUGE, Map, PAGE, WORDS, adds_up, all_free, engine, nothing_staged, on_device, pattern, send,
     watchdog,
 };
-use hmm::{Hmm, MappedMemory, Pointer, SoftwareDevice, StayReason, VirtAddr};
+use hmm::{
+    Hmm, KernelError, LaunchError, MappedMemory, Pointer, SoftwareDevice, StayReason, VirtAddr,
+};
 
 const READ_WRITE: i32 = libc::PROT_READ | libc::PROT_WRITE;
 /// Some pages; whole huge pages; huge pages and some.
@@ -217,6 +219,86 @@ fn holes_are_filled_by_the_device() {
             assert_eq!(word_in(&file, page * WORDS), 1);
             assert_eq!(word_in(&file, page * WORDS + 1), 0);
         }
+    }
+    end(hmm, &device);
+}
+
+/// Sums up the first word of each page, in order; the error that ends it.
+fn sum_by_device(device: &SoftwareDevice, map: &Map, pages: usize) -> Result<u64, LaunchError> {
+    let (first, sum) = (Pointer::<u64>::new(map.word(0)), AtomicU64::new(0));
+    device.launch(1, |context, _| {
+        for page in 0..pages {
+            sum.fetch_add(context.load(first.at(page * WORDS))?, Ordering::Relaxed);
+        }
+        Ok(())
+    })?;
+    Ok(sum.into_inner())
+}
+
+/// Whether a kernel met the end of a file, and where; no other error counts.
+fn end_met(error: &LaunchError) -> VirtAddr {
+    match error {
+        LaunchError::Kernel {
+            error: KernelError::Bus { address },
+            ..
+        } => *address,
+        other => panic!("not the end of a file: {other}"),
+    }
+}
+
+/// What is behind the end of a file is an error of the kernel, and never what has
+/// been there, nor anything for the process; also when the file is cut while
+/// kernels read it.
+#[test]
+fn a_file_that_is_cut_is_an_error_of_the_kernel() {
+    let folders = folders!();
+    let _dog = watchdog("a_file_that_is_cut_is_an_error_of_the_kernel", 120);
+    let (hmm, device) = engine(16);
+    for (folder, pages) in pairs(&folders) {
+        let file = file(folder, pages, 8);
+        let map = map(&file, pages, READ_WRITE, libc::MAP_SHARED);
+        assert_eq!(add_by_device(&device, &map), first_words(pages, 8));
+        let left = pages - 3;
+        file.set_len((left * PAGE) as u64).expect("a cut");
+        let behind = VirtAddr::of(map.word(left * WORDS));
+        assert_eq!(
+            end_met(&sum_by_device(&device, &map, pages).unwrap_err()),
+            behind
+        );
+        let at = Pointer::<u64>::new(map.word(left * WORDS));
+        let stored = device.launch(1, |context, _| context.store(at.get(), 1));
+        assert_eq!(end_met(&stored.unwrap_err()), behind);
+        // It grows again: zeros where it was cut.
+        file.set_len((pages * PAGE) as u64).expect("more room");
+        let right = first_words(left, 8).wrapping_add(left as u64);
+        assert_eq!(sum_by_device(&device, &map, pages).unwrap(), right);
+        // A hole of zeros, in the middle.
+        let hole = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        let (fd, page) = (file.as_raw_fd(), PAGE as i64);
+        // SAFETY: a file of this test's own.
+        let punched = unsafe { libc::fallocate(fd, hole, page, page) };
+        assert_eq!(punched, 0, "{}", std::io::Error::last_os_error());
+        let gone = pattern(8, WORDS).wrapping_add(1);
+        assert_eq!(
+            sum_by_device(&device, &map, pages).unwrap(),
+            right.wrapping_sub(gone)
+        );
+
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    for length in [left, pages] {
+                        file.set_len((length * PAGE) as u64).expect("a length");
+                    }
+                }
+            });
+            let runs = (0..50).map(|_| sum_by_device(&device, &map, pages));
+            let errors = runs.filter_map(Result::err).map(|error| end_met(&error));
+            let met = errors.inspect(|&at| assert!(at >= behind, "{at}")).count();
+            println!("{met} of 50 met the end of the file");
+            stop.store(true, Ordering::Relaxed);
+        });
     }
     end(hmm, &device);
 }

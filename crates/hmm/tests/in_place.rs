@@ -5,6 +5,7 @@ mod common;
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::{
@@ -279,6 +280,157 @@ fn a_mapping_that_goes_is_an_error_of_the_kernel() {
         });
     }
     end(hmm, &device);
+}
+
+/// Runs a command; what it said if it failed.
+fn command(line: &[&str]) -> Result<(), String> {
+    match Command::new(line[0]).args(&line[1..]).output() {
+        Ok(output) if output.status.success() => Ok(()),
+        Ok(output) => Err(format!(
+            "{line:?}: {} {}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim()
+        )),
+        Err(error) => Err(format!("{line:?}: {error}")),
+    }
+}
+
+/// A file system is unmounted under a device that works on one of its files, and
+/// its disk breaks: the device goes on with what is there, and what cannot be read
+/// is an error of its kernel. In a process with mounts of its own.
+#[test]
+fn a_mount_that_goes_is_an_error_of_the_kernel_at_most() {
+    const NAME: &str = "a_mount_that_goes_is_an_error_of_the_kernel_at_most";
+    let _dog = watchdog(NAME, 60);
+    if role().as_deref() == Some("mounts") {
+        mounts_go();
+        return;
+    }
+    // SAFETY: asks who this is.
+    if unsafe { libc::geteuid() } != 0 {
+        skip!("only root mounts file systems");
+    }
+    let (status, text) = run(helper(NAME, "mounts"), 50);
+    print!("{text}");
+    assert!(status.is_some_and(|status| status.success()), "{status:?}");
+    if let Some(reason) = text
+        .lines()
+        .find_map(|line| line.strip_prefix("no mount: "))
+    {
+        skip!("{reason}");
+    }
+}
+
+fn mounts_go() {
+    // SAFETY: changes what this process sees as mounted, and nothing else.
+    let apart = unsafe {
+        let all = libc::MS_REC | libc::MS_PRIVATE;
+        let (none, root) = (std::ptr::null(), c"/".as_ptr());
+        libc::unshare(libc::CLONE_NEWNS) == 0
+            && libc::mount(none, root, none, all, none.cast()) == 0
+    };
+    if !apart {
+        let error = std::io::Error::last_os_error();
+        println!("no mount: unshare(CLONE_NEWNS): {error}");
+        return;
+    }
+    let folder = std::env::temp_dir().join(format!("hmm-mount-{}", std::process::id()));
+    let image = folder.with_extension("image");
+    std::fs::create_dir(&folder).expect("a folder");
+    let (hmm, device) = engine(16);
+
+    let at = folder.to_str().expect("a name");
+    let mounted = command(&["mount", "-t", "tmpfs", "hmm-test", at]);
+    if let Err(reason) = mounted.and_then(|()| tmpfs_goes(&device, at)) {
+        println!("no mount: {reason}");
+    }
+
+    File::create(&image).unwrap().set_len(32 << 20).unwrap();
+    let disk = image.to_str().expect("a name");
+    let mounted = command(&["mkfs.ext4", "-q", "-F", disk])
+        .and_then(|()| command(&["mount", "-o", "loop", disk, at]));
+    if let Err(reason) = mounted.and_then(|()| disk_goes(&device, at, &image)) {
+        println!("no mount: {reason}");
+    }
+    std::fs::remove_file(&image).unwrap();
+    std::fs::remove_dir(&folder).unwrap();
+    end(hmm, &device);
+}
+
+fn file_in(folder: &str, seed: u64) -> File {
+    let path = std::path::Path::new(folder).join("file");
+    let mut options = File::options();
+    let options = options.read(true).write(true).create_new(true);
+    let file = options.open(path).expect("a file");
+    let bytes: Vec<u8> = (0..PAGES * WORDS)
+        .flat_map(|index| pattern(seed, index).to_ne_bytes())
+        .collect();
+    file.write_all_at(&bytes, 0).expect("a file is written");
+    file.sync_all().expect("a file is synced");
+    file
+}
+
+fn tmpfs_goes(device: &SoftwareDevice, folder: &str) -> Result<(), String> {
+    let file = file_in(folder, 9);
+    let map = Map::with(PAGES, READ_WRITE, libc::MAP_SHARED, file.as_raw_fd());
+    assert_eq!(
+        sum_by_device(device, &map, PAGES / 2).unwrap(),
+        sum_of(PAGES / 2, 9)
+    );
+    command(&["umount", "-l", folder])?;
+    assert_eq!(
+        sum_by_device(device, &map, PAGES).unwrap(),
+        sum_of(PAGES, 9)
+    );
+    let word = Pointer::<u64>::new(map.word(7));
+    device
+        .launch(1, |context, _| context.store(word.get(), 1))
+        .unwrap();
+    let mut now = [0; 8];
+    file.read_exact_at(&mut now, 7 * 8).unwrap();
+    assert_eq!(u64::from_ne_bytes(now), 1);
+    Ok(())
+}
+
+fn disk_goes(device: &SoftwareDevice, folder: &str, image: &std::path::Path) -> Result<(), String> {
+    let file = file_in(folder, 10);
+    let map = Map::with(PAGES, READ_WRITE, libc::MAP_SHARED, file.as_raw_fd());
+    assert_eq!(
+        sum_by_device(device, &map, PAGES).unwrap(),
+        sum_of(PAGES, 10)
+    );
+    // The first half has to be read again, and the disk is not there any more.
+    let (half, fd) = (PAGES / 2, file.as_raw_fd());
+    assert!(map.advise(0, half, libc::MADV_DONTNEED));
+    // SAFETY: advice on a file of this test's own.
+    let dropped =
+        unsafe { libc::posix_fadvise(fd, 0, (half * PAGE) as i64, libc::POSIX_FADV_DONTNEED) };
+    assert_eq!(dropped, 0);
+    command(&["umount", "-l", folder])?;
+    let disk = File::options().write(true).open(image).unwrap();
+    disk.set_len(0).unwrap();
+    let error = sum_by_device(device, &map, PAGES).unwrap_err();
+    println!("{error}");
+    assert!(
+        matches!(kernel_error(&error), KernelError::Bus { .. }),
+        "{error}"
+    );
+    // What is in the page cache is there.
+    let (first, sum) = (
+        Pointer::<u64>::new(map.word(half * WORDS)),
+        AtomicU64::new(0),
+    );
+    device
+        .launch(half, |context, page| {
+            sum.fetch_add(context.load(first.at(page * WORDS))?, Ordering::Relaxed);
+            Ok(())
+        })
+        .unwrap();
+    let right = (half..PAGES).fold(0u64, |sum, page| {
+        sum.wrapping_add(pattern(10, page * WORDS))
+    });
+    assert_eq!(sum.into_inner(), right);
+    Ok(())
 }
 
 static SEEN: AtomicU64 = AtomicU64::new(0);
