@@ -7,8 +7,8 @@ use hmm_types::{PAGE_SIZE, PageCount, PageRange, VirtAddr};
 
 use crate::arena;
 
-/// Pages of engine memory that devices copy into and out of. They are touched
-/// once when they are made; nobody ever holds a reference to them.
+/// Pages of engine memory that devices copy into and out of, or that hold a
+/// thread's stack. Nobody ever holds a reference to them.
 #[derive(Debug)]
 pub struct Pages {
     start: NonNull<u8>,
@@ -25,12 +25,20 @@ impl Pages {
     /// Takes `count` zeroed pages, populated. `None` when the arena is full.
     #[must_use]
     pub fn new(count: PageCount) -> Option<Self> {
+        let pages = Self::untouched(count)?;
+        // SAFETY: the block is ours and at least that long.
+        unsafe { pages.start.write_bytes(0, pages.layout.size()) };
+        Some(pages)
+    }
+
+    /// Takes `count` pages that hold anything, and that the kernel may still have
+    /// to provide. `None` when the arena is full.
+    #[must_use]
+    pub fn untouched(count: PageCount) -> Option<Self> {
         let page = VirtAddr::new(PAGE_SIZE).addr();
         let bytes = count.index().checked_mul(page)?;
         let layout = Layout::from_size_align(bytes, page).ok()?;
         let start = arena::allocate(layout)?.cast::<u8>();
-        // SAFETY: the block is ours and at least `bytes` long.
-        unsafe { start.write_bytes(0, bytes) };
         Some(Self { start, layout })
     }
 

@@ -36,6 +36,7 @@ mod probe;
 mod refusal;
 mod region;
 mod space;
+mod stack;
 mod staging;
 mod tasks;
 mod text;

@@ -5,10 +5,16 @@ use std::ptr;
 
 use hmm_types::{BLOCK_SIZE, PageRange, VirtAddr};
 use rustix::io::Result;
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use rustix::mm::{
+    Advice, MapFlags, MprotectFlags, ProtFlags, madvise, mmap_anonymous, mprotect, munmap,
+};
+
+use crate::excluded::{exclude, include};
 
 /// Private anonymous memory, a whole number of 2 MiB blocks and aligned to
-/// them; not there in forked children. Unmapped when dropped.
+/// them; not there in forked children. Excluded from migration as long as it can
+/// be used: a device's thread that looks for memory to take along may come between
+/// any two calls. Unmapped when dropped.
 #[derive(Debug)]
 pub(crate) struct Region {
     start: *mut c_void,
@@ -36,7 +42,7 @@ impl Region {
             mmap_anonymous(
                 ptr::null_mut(),
                 len + block,
-                ProtFlags::READ | ProtFlags::WRITE,
+                ProtFlags::empty(),
                 MapFlags::PRIVATE | MapFlags::NORESERVE,
             )
         }?;
@@ -52,7 +58,11 @@ impl Region {
         }
         let range = PageRange::new(VirtAddr::of(start), len as u64)
             .map_err(|_| rustix::io::Errno::INVAL)?;
+        // While it cannot be used, so that it never counts as the program's.
+        exclude(range);
         let region = Self { start, range };
+        // SAFETY: the mapping just made, which nobody uses yet.
+        unsafe { mprotect(start, len, MprotectFlags::READ | MprotectFlags::WRITE) }?;
         region.advise(Advice::LinuxDontFork)?;
         Ok(region)
     }
@@ -105,5 +115,6 @@ impl Drop for Region {
     fn drop(&mut self) {
         // SAFETY: nobody uses the memory any more.
         let _ = unsafe { munmap(self.start, self.range.pages().bytes_usize()) };
+        include(self.range);
     }
 }

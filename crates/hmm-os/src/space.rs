@@ -19,7 +19,7 @@ use rustix::mm::{Advice, madvise};
 use crate::abi::uffd_msg;
 use crate::child::Children;
 use crate::config::{Counters, Disable, OpenConfig, OpenError, Wakeup};
-use crate::excluded::{exclude, first_part, first_part_in, include, refresh_modules};
+use crate::excluded::{first_part, first_part_in, refresh_modules};
 use crate::map::{Map, Vma};
 use crate::message::{Message, translate};
 use crate::pagemap::Pagemap;
@@ -126,8 +126,6 @@ impl LinuxSpace {
                 return Err(OpenError::Register(error));
             }
         }
-        staging.ranges().for_each(exclude);
-        exclude(zeros.range());
         refresh_modules();
         let has = |features| uffd.features() & features == features;
         Ok(Self {
@@ -256,7 +254,6 @@ impl LinuxSpace {
         // reader.
         for arena in self.parts.staging.ranges() {
             let _ = self.parts.uffd.unregister(arena);
-            include(arena);
         }
         self.parts.staging.give_back();
     }

@@ -8,20 +8,15 @@ use std::cell::Cell;
 use std::ffi::c_void;
 use std::fmt::Write;
 use std::io;
-use std::mem::MaybeUninit;
+use std::mem::{ManuallyDrop, MaybeUninit};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 use std::sync::Once;
 
 use hmm_mem::EngineAlloc;
-use hmm_types::{PageRange, VirtAddr};
 
-use crate::excluded::{exclude, include};
 use crate::fatal::{Line, fail};
-
-/// Stack of an engine thread. What the fault path keeps on it stays below
-/// 64 KiB; the rest is for a device's own code.
-const STACK_BYTES: usize = 1 << 20;
+use crate::stack::Stack;
 
 thread_local! {
     /// Which descriptor table this thread shares: 0 is the program's.
@@ -100,17 +95,24 @@ impl Name {
 pub struct EngineThread {
     thread: libc::pthread_t,
     pid: u32,
+    /// Given back when the thread has ended, if anybody waits for that.
+    stack: ManuallyDrop<Stack>,
 }
 
 impl EngineThread {
     /// Waits until the thread's body has returned. In a forked child, where
     /// the thread does not exist, returns at once.
     pub fn join(self) {
-        if self.pid == std::process::id() {
-            // SAFETY: a joinable thread, joined once: `self` is used up.
-            unsafe { libc::pthread_join(self.thread, ptr::null_mut()) };
+        let mut ended = ManuallyDrop::new(self);
+        if ended.pid == std::process::id() {
+            // SAFETY: a joinable thread, joined once: `self` is used up. Its stack
+            // is not used after that, and dropped once.
+            unsafe {
+                if libc::pthread_join(ended.thread, ptr::null_mut()) == 0 {
+                    ManuallyDrop::drop(&mut ended.stack);
+                }
+            }
         }
-        std::mem::forget(self);
     }
 }
 
@@ -129,7 +131,7 @@ struct Start<F> {
     table: u32,
 }
 
-/// Starts a thread that runs `body` with all signals blocked, its stack
+/// Starts a thread that runs `body` with all signals blocked, on a stack that is
 /// excluded from migration, and sharing the caller's descriptor table.
 pub(crate) fn create<F: FnOnce() + Send + 'static>(
     name: &str,
@@ -143,7 +145,8 @@ pub(crate) fn create<F: FnOnce() + Send + 'static>(
         name: Name::new(name),
         table,
     });
-    let attributes = Attributes::new(cpu)?;
+    let stack = Stack::new()?;
+    let attributes = Attributes::new(cpu, &stack)?;
     let mut all = MaybeUninit::uninit();
     let mut before = MaybeUninit::uninit();
     let mut thread = 0;
@@ -171,6 +174,7 @@ pub(crate) fn create<F: FnOnce() + Send + 'static>(
     Ok(EngineThread {
         thread,
         pid: std::process::id(),
+        stack: ManuallyDrop::new(stack),
     })
 }
 
@@ -178,7 +182,7 @@ pub(crate) fn create<F: FnOnce() + Send + 'static>(
 struct Attributes(libc::pthread_attr_t);
 
 impl Attributes {
-    fn new(cpu: Option<usize>) -> io::Result<Self> {
+    fn new(cpu: Option<usize>, stack: &Stack) -> io::Result<Self> {
         let mut attributes = MaybeUninit::uninit();
         // SAFETY: initialises what it is given, or fails.
         let error = unsafe { libc::pthread_attr_init(attributes.as_mut_ptr()) };
@@ -187,9 +191,10 @@ impl Attributes {
         }
         // SAFETY: initialised above.
         let mut attributes = Self(unsafe { attributes.assume_init() });
-        // SAFETY: initialised attributes, a size that is a multiple of pages.
+        let (lowest, bytes) = stack.usable();
+        // SAFETY: initialised attributes; memory for one thread, which keeps it.
         let mut error =
-            unsafe { libc::pthread_attr_setstacksize(&raw mut attributes.0, STACK_BYTES) };
+            unsafe { libc::pthread_attr_setstack(&raw mut attributes.0, lowest, bytes) };
         if let (0, Some(cpu)) = (error, cpu) {
             if cpu >= 8 * size_of::<libc::cpu_set_t>() {
                 return Err(io::Error::from_raw_os_error(libc::EINVAL));
@@ -228,10 +233,6 @@ extern "C" fn run<F: FnOnce()>(argument: *mut c_void) -> *mut c_void {
     hmm_sync::enter_engine_thread();
     // SAFETY: 16 bytes with a zero at the end.
     unsafe { libc::prctl(libc::PR_SET_NAME, name.0.as_ptr()) };
-    let stack = own_stack();
-    if let Some(stack) = stack {
-        exclude(stack);
-    }
     if catch_unwind(AssertUnwindSafe(body)).is_err() {
         // The hook says so first, unless the program has replaced it.
         fail(format_args!(
@@ -240,27 +241,7 @@ extern "C" fn run<F: FnOnce()>(argument: *mut c_void) -> *mut c_void {
             name.as_str()
         ));
     }
-    if let Some(stack) = stack {
-        include(stack);
-    }
     ptr::null_mut()
-}
-
-/// The calling thread's stack, which holds its thread-local data as well.
-fn own_stack() -> Option<PageRange> {
-    let mut attributes = MaybeUninit::uninit();
-    let mut start = ptr::null_mut();
-    let mut len_bytes = 0;
-    // SAFETY: the attributes are initialised by the first call, used only when
-    // it succeeds, and destroyed once.
-    unsafe {
-        if libc::pthread_getattr_np(libc::pthread_self(), attributes.as_mut_ptr()) != 0 {
-            return None;
-        }
-        libc::pthread_attr_getstack(attributes.as_ptr(), &raw mut start, &raw mut len_bytes);
-        libc::pthread_attr_destroy(attributes.as_mut_ptr());
-    }
-    PageRange::covering(VirtAddr::of(start), len_bytes as u64).ok()
 }
 
 /// Rust's own report of a panic takes locks and reads the heap, both of which

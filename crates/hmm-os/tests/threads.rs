@@ -4,13 +4,13 @@ mod common;
 
 use std::os::fd::AsRawFd;
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use common::{Area, CONFIG, my_turn};
-use hmm_hal::{AddressSpace, Event, SpaceId};
-use hmm_os::{EngineThreads, LinuxSpace, is_engine_thread};
-use hmm_types::{PageRange, VirtAddr};
+use hmm_hal::{AddressSpace, Event, Mapping, SpaceId};
+use hmm_os::{EngineThread, EngineThreads, LinuxSpace, is_engine_thread};
+use hmm_types::{MemoryKind, PageRange, VirtAddr};
 
 /// What says to this test program that it is the child of a test.
 const ROLE: &str = "HMM_OS_TEST_ROLE";
@@ -69,6 +69,66 @@ fn threads_have_name_cpu_mask_and_excluded_stack() {
         threads.run_on_root(|| space.wait(0)),
         hmm_os::Wakeup::TimedOut
     );
+}
+
+/// A device's thread that looks for memory to take along must not find the stack
+/// of a thread that is only starting.
+#[test]
+fn a_stack_is_never_the_programs() {
+    const THREADS: usize = 300;
+    const LOOKS: usize = 1 << 20;
+    let _turn = my_turn();
+    let threads = EngineThreads::start().unwrap();
+    let space: &'static LinuxSpace = match threads.run_on_root(|| LinuxSpace::open(CONFIG)) {
+        Ok(space) => hmm_mem::leaked(space),
+        Err(error) => return println!("SKIPPED: {error}"),
+    };
+    let stop: &'static AtomicBool = hmm_mem::leaked(AtomicBool::new(false));
+    let ready: &'static AtomicBool = hmm_mem::leaked(AtomicBool::new(false));
+    // Nothing is mapped by anybody else while this runs, so that no address is
+    // first a stack and then something else.
+    let found: &'static Mutex<Vec<PageRange>> =
+        hmm_mem::leaked(Mutex::new(Vec::with_capacity(LOOKS)));
+    let all = PageRange::span(VirtAddr::new(4096), VirtAddr::new((1 << 47) - 8192));
+    let looker = threads.spawn("hmm-looker", None, move || {
+        let mut found = found.lock().unwrap();
+        while !stop.load(Ordering::Acquire) {
+            let mut note = |mapping: Mapping| {
+                let usable = mapping.permissions.write && !mapping.engine_owned;
+                if usable && mapping.kind == MemoryKind::PrivateAnonymous && found.len() < LOOKS {
+                    found.push(mapping.range);
+                }
+            };
+            space.mappings(all, &mut note).unwrap();
+            ready.store(true, Ordering::Release);
+        }
+    });
+    while !ready.load(Ordering::Acquire) {
+        std::thread::yield_now();
+    }
+    let stacks: Vec<&'static AtomicU64> = (0..THREADS)
+        .map(|_| hmm_mem::leaked(AtomicU64::new(0)) as &_)
+        .collect();
+    let mut started = Vec::with_capacity(THREADS);
+    for &stack in &stacks {
+        let body = move || {
+            let local = 0u8;
+            stack.store(VirtAddr::of(&raw const local).get(), Ordering::Release);
+        };
+        started.push(threads.spawn("hmm-starts", None, body).unwrap());
+        while stack.load(Ordering::Acquire) == 0 {
+            std::thread::yield_now();
+        }
+    }
+    stop.store(true, Ordering::Release);
+    looker.unwrap().join();
+    started.into_iter().for_each(EngineThread::join);
+    let found = found.lock().unwrap();
+    for stack in stacks {
+        let at = VirtAddr::new(stack.load(Ordering::Acquire));
+        let taken = found.iter().find(|range| range.contains(at));
+        assert_eq!(taken, None, "the stack at {at} could have been taken");
+    }
 }
 
 #[test]
