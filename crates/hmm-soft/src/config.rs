@@ -2,7 +2,7 @@
 
 use std::io;
 
-use hmm_types::ByteCount;
+use hmm_types::{ByteCount, PageRange};
 
 /// Most worker threads of one device.
 pub const MAX_WORKERS: usize = 64;
@@ -46,12 +46,14 @@ impl SoftConfig {
     }
 }
 
-/// Starts the device's threads: the engine's library starts them its own way.
-///
-/// The stacks of these threads must never be migrated, see
-/// [`SoftDevice::for_each_own_range`](crate::SoftDevice::for_each_own_range).
-pub trait Spawn {
-    /// Runs `body` on a thread of this name.
+/// What a device needs of whoever embeds it.
+pub trait Embedder {
+    /// Says that this is the device's memory, before anybody can use it. It must
+    /// never be migrated until [`SoftDevice::close`](crate::SoftDevice::close) has
+    /// returned, or the device could not be opened.
+    fn exclude(&self, range: PageRange);
+
+    /// Runs `body` on a thread of this name, whose stack must never be migrated.
     ///
     /// # Errors
     /// When the system has no thread to give.
@@ -64,11 +66,14 @@ pub trait Join: Send {
     fn join(self: Box<Self>);
 }
 
-/// Starts plain threads of the standard library.
+/// Plain threads of the standard library, in a process where nothing migrates
+/// that was not asked for by name.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct StdSpawner;
+pub struct Standalone;
 
-impl Spawn for StdSpawner {
+impl Embedder for Standalone {
+    fn exclude(&self, _range: PageRange) {}
+
     fn spawn(&self, name: String, body: Box<dyn FnOnce() + Send>) -> io::Result<Box<dyn Join>> {
         let thread = std::thread::Builder::new().name(name).spawn(body)?;
         Ok(Box::new(thread))

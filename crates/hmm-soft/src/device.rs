@@ -21,8 +21,8 @@ use crate::queue::CopyQueue;
 use crate::shootdown::Shootdown;
 use crate::stats::Counters;
 use crate::{
-    Context, Injector, Join, KernelError, LaunchError, LaunchReport, MAX_WORKERS, SoftConfig,
-    SoftError, SoftStats, Spawn, StdSpawner, worker,
+    Context, Embedder, Injector, Join, KernelError, LaunchError, LaunchReport, MAX_WORKERS,
+    SoftConfig, SoftError, SoftStats, Standalone, worker,
 };
 
 /// What freed frames are overwritten with, where that was asked for.
@@ -68,21 +68,24 @@ impl SoftDevice {
     /// [`SoftError`] when the configuration makes no sense or the system has
     /// not enough of something.
     pub fn open(config: SoftConfig) -> Result<&'static Self, SoftError> {
-        Self::open_with(config, &StdSpawner)
+        Self::open_with(config, &Standalone)
     }
 
-    /// Makes a device whose workers are started by `spawner`.
+    /// Makes a device in a program that excludes its memory and starts its workers.
     ///
     /// # Errors
     /// As [`SoftDevice::open`].
-    pub fn open_with(config: SoftConfig, spawner: &dyn Spawn) -> Result<&'static Self, SoftError> {
+    pub fn open_with(
+        config: SoftConfig,
+        embedder: &dyn Embedder,
+    ) -> Result<&'static Self, SoftError> {
         if config.workers == 0 || config.workers > MAX_WORKERS {
             return Err(SoftError::Workers {
                 asked: config.workers,
             });
         }
         let table = PageTable::new().ok_or(SoftError::NoEngineMemory)?;
-        let memory = DeviceMemory::reserve(config.memory, config.populate)?;
+        let memory = DeviceMemory::reserve(config.memory, config.populate, embedder)?;
         let device = hmm_mem::leaked(Self {
             config,
             frames: Mutex::new(Rank::Device, FrameAllocator::new(memory.frames())),
@@ -101,7 +104,7 @@ impl SoftDevice {
         });
         for worker in 0..config.workers {
             let body = Box::new(move || worker::main(device, worker));
-            match spawner.spawn(format!("hmm-soft-{worker}"), body) {
+            match embedder.spawn(format!("hmm-soft-{worker}"), body) {
                 Ok(thread) => device.lock_threads().push(thread),
                 Err(error) => {
                     device.close();
@@ -254,20 +257,6 @@ impl SoftDevice {
     #[must_use]
     pub fn range(&self) -> PageRange {
         self.memory.range()
-    }
-
-    /// Visits the ranges that the engine must never migrate on the device's
-    /// account: its memory, and the stacks of its workers. (Everything else is
-    /// in the arena of `hmm-mem`.)
-    pub fn for_each_own_range(&self, mut visit: impl FnMut(PageRange)) {
-        visit(self.memory.range());
-        for slot in self.shootdown.slots() {
-            let [first, end] = slot.stack_range();
-            let start = VirtAddr::new(first as u64);
-            if let Ok(stack) = PageRange::covering(start, (end - first) as u64) {
-                visit(stack);
-            }
-        }
     }
 
     pub(crate) fn memory(&self) -> &DeviceMemory {

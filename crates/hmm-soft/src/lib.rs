@@ -46,9 +46,9 @@
 //! ```
 //!
 //! # What the engine must do for it
-//! It must never migrate the ranges of [`SoftDevice::for_each_own_range`]: a
-//! worker that faulted on its own stack in an access section would have the
-//! engine wait for itself.
+//! It must never migrate the device's memory and the stacks of its threads (see
+//! [`Embedder`]): a worker that faulted on its own stack in an access section
+//! would have the engine wait for itself.
 //!
 //! # Limits
 //! Memory up to 2 TiB, up to [`MAX_WORKERS`] workers, one kernel at a time. A
@@ -77,7 +77,7 @@ mod stats;
 mod tlb;
 mod worker;
 
-pub use config::{Join, MAX_WORKERS, SoftConfig, Spawn, StdSpawner};
+pub use config::{Embedder, Join, MAX_WORKERS, SoftConfig, Standalone};
 pub use context::{Context, RETRY_LIMIT, RETRY_TIME, THRASH_LIMIT};
 pub use device::{POISON, SoftDevice};
 pub use error::{KernelError, LaunchError, SoftError};

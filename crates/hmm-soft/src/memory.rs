@@ -11,9 +11,12 @@ use std::ptr;
 use hmm_types::{
     BLOCK_SIZE, ByteCount, FrameRange, PAGE_SHIFT, PAGE_SIZE, PageCount, PageRange, VirtAddr,
 };
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use rustix::io::Errno;
+use rustix::mm::{
+    Advice, MapFlags, MprotectFlags, ProtFlags, madvise, mmap_anonymous, mprotect, munmap,
+};
 
-use crate::SoftError;
+use crate::{Embedder, SoftError};
 
 /// Most frames that a device can have: a page table entry has 29 bits for the
 /// frame's number, which is 2 TiB.
@@ -33,8 +36,13 @@ unsafe impl Send for DeviceMemory {}
 unsafe impl Sync for DeviceMemory {}
 
 impl DeviceMemory {
-    /// Reserves `size`, rounded down to whole frames.
-    pub(crate) fn reserve(size: ByteCount, populate: bool) -> Result<Self, SoftError> {
+    /// Reserves `size`, rounded down to whole frames. The embedder hears of it while
+    /// nobody can use it.
+    pub(crate) fn reserve(
+        size: ByteCount,
+        populate: bool,
+        embedder: &dyn Embedder,
+    ) -> Result<Self, SoftError> {
         let count = size.whole_pages().get();
         let Some(frames) = u32::try_from(count)
             .ok()
@@ -47,24 +55,37 @@ impl DeviceMemory {
             asked: size,
             errno: errno.raw_os_error(),
         })?;
-        // SAFETY: the range is the mapping just made, which nobody uses yet.
-        // Huge pages are a wish (a kernel without them says EINVAL).
-        let _ = unsafe { madvise(base.cast(), len_bytes, Advice::LinuxHugepage) };
         let memory = Self { base, frames };
-        // SAFETY: as above. Inherited frames would cost a child copy-on-write
-        // faults for memory that it cannot use.
-        unsafe { madvise(base.cast(), len_bytes, Advice::LinuxDontFork) }.map_err(|errno| {
+        embedder.exclude(memory.range());
+        let opened = memory.open(len_bytes).map_err(|(operation, errno)| {
             // SAFETY: the mapping is given up, and nobody has a pointer to it.
             unsafe { memory.release() };
             SoftError::System {
-                operation: "madvise(MADV_DONTFORK)",
+                operation,
                 errno: errno.raw_os_error(),
             }
-        })?;
+        });
+        opened?;
         if populate {
             memory.populate(len_bytes);
         }
         Ok(memory)
+    }
+
+    /// Lets the mapping be used.
+    fn open(&self, len_bytes: usize) -> Result<(), (&'static str, Errno)> {
+        let start = self.base.cast();
+        // SAFETY: the mapping just made, which nobody uses yet.
+        unsafe {
+            // Huge pages are a wish (a kernel without them says EINVAL).
+            let _ = madvise(start, len_bytes, Advice::LinuxHugepage);
+            // Inherited frames would cost a child copy-on-write faults for memory
+            // that it cannot use.
+            madvise(start, len_bytes, Advice::LinuxDontFork)
+                .map_err(|errno| ("madvise(MADV_DONTFORK)", errno))?;
+            let access = MprotectFlags::READ | MprotectFlags::WRITE;
+            mprotect(start, len_bytes, access).map_err(|errno| ("mprotect", errno))
+        }
     }
 
     fn populate(&self, len_bytes: usize) {
@@ -136,7 +157,8 @@ impl fmt::Debug for DeviceMemory {
     }
 }
 
-/// Maps `len_bytes` at a multiple of 2 MiB: maps more, and cuts the ends off.
+/// Maps `len_bytes` at a multiple of 2 MiB, of no use yet: maps more, and cuts the
+/// ends off.
 fn map_aligned(len_bytes: usize) -> rustix::io::Result<*mut u8> {
     let align = PageCount::new(BLOCK_SIZE / PAGE_SIZE).index() << PAGE_SHIFT;
     let asked = len_bytes + align;
@@ -146,7 +168,7 @@ fn map_aligned(len_bytes: usize) -> rustix::io::Result<*mut u8> {
         mmap_anonymous(
             ptr::null_mut(),
             asked,
-            ProtFlags::READ | ProtFlags::WRITE,
+            ProtFlags::empty(),
             MapFlags::PRIVATE | MapFlags::NORESERVE,
         )?
     }
@@ -171,12 +193,13 @@ mod tests {
     use hmm_types::FrameId;
 
     use super::*;
+    use crate::Standalone;
 
     #[test]
     fn sizes_that_make_no_sense_are_refused_by_name() {
         for size in [0, 4095, u64::MAX, (MAX_FRAMES + 1) * PAGE_SIZE] {
             let asked = ByteCount::new(size);
-            let error = DeviceMemory::reserve(asked, false).unwrap_err();
+            let error = DeviceMemory::reserve(asked, false, &Standalone).unwrap_err();
             assert_eq!(error, SoftError::MemorySize { asked });
             assert!(error.to_string().contains(&asked.to_string()), "{error}");
         }
@@ -185,7 +208,9 @@ mod tests {
     #[test]
     fn memory_is_aligned_writable_and_rounded_down() {
         for populate in [false, true] {
-            let memory = DeviceMemory::reserve(ByteCount::new(5 * 4096 + 17), populate).unwrap();
+            let memory =
+                DeviceMemory::reserve(ByteCount::new(5 * 4096 + 17), populate, &Standalone)
+                    .unwrap();
             assert_eq!(memory.frames(), 5);
             assert_eq!(memory.size(), memory.range().bytes());
             assert!(memory.range().start().is_block_aligned());

@@ -2,14 +2,15 @@
 
 mod common;
 
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use common::{Engine, Mapped};
 use hmm_hal::{Device, DeviceError, DeviceFaultError, FaultHandler, Resolution, Transfer};
 use hmm_soft::{
-    FailAt, KernelError, LaunchError, LossMode, Pointer, SoftConfig, SoftDevice, SoftError,
-    THRASH_LIMIT,
+    Embedder, FailAt, Join, KernelError, LaunchError, LossMode, Pointer, SoftConfig, SoftDevice,
+    SoftError, Standalone, THRASH_LIMIT,
 };
 use hmm_types::{Access, ByteCount, DeviceId, PageCount, PageRange, VirtAddr};
 
@@ -267,24 +268,39 @@ fn closing_ends_a_kernel_that_runs() {
     });
 }
 
+/// Between two calls of the device somebody may look for memory to take along.
 #[test]
-fn own_ranges_hold_memory_and_stacks() {
-    let engine = Engine::simple(1);
-    let mut own = Vec::new();
-    engine.device.for_each_own_range(|range| own.push(range));
-    assert_eq!(own.len(), 4);
-    assert_eq!(own[0], engine.device.range());
-    assert_eq!(own[0].bytes(), engine.device.info().memory);
-    engine
-        .device
-        .launch(30, |_, _| {
-            let local = 0u8;
-            let address = VirtAddr::of(&raw const local);
-            assert!(own.iter().any(|range| range.contains(address)));
-            Ok(())
-        })
-        .unwrap();
-    engine.device.close();
+fn memory_is_excluded_before_it_can_be_used() {
+    #[derive(Default)]
+    struct Noting(std::sync::Mutex<Vec<PageRange>>);
+    impl Embedder for Noting {
+        fn exclude(&self, range: PageRange) {
+            let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+            let start = range.start().get();
+            let line = maps.lines().find(|line| {
+                let bounds = line
+                    .split(' ')
+                    .next()
+                    .and_then(|range| range.split_once('-'));
+                let bounds = bounds.map(|(from, to)| [from, to]).unwrap();
+                let [from, to] = bounds.map(|hex| u64::from_str_radix(hex, 16).unwrap());
+                from <= start && start < to
+            });
+            let line = line.expect("the device's mapping");
+            assert!(line.contains(" ---p "), "{line}");
+            self.0.lock().unwrap().push(range);
+        }
+
+        fn spawn(&self, name: String, body: Box<dyn FnOnce() + Send>) -> io::Result<Box<dyn Join>> {
+            Standalone.spawn(name, body)
+        }
+    }
+    let noting = Noting::default();
+    let device = SoftDevice::open_with(small(), &noting).unwrap();
+    let excluded = noting.0.into_inner().unwrap();
+    assert_eq!(excluded, [device.range()]);
+    assert_eq!(excluded[0].bytes(), device.info().memory);
+    device.close();
 }
 
 #[test]

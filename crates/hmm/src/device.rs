@@ -1,6 +1,6 @@
 //! The software device, as a program uses it.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io;
 
 use hmm_core::{Engine, Executor};
@@ -8,8 +8,8 @@ use hmm_hal::{Device, DeviceFaultError, FaultHandler, Reach, Resolution};
 use hmm_mem::Pages;
 use hmm_os::EngineThread;
 use hmm_soft::{
-    Context, Injector, Join, KernelError, LaunchError, LaunchReport, SoftConfig, SoftDevice,
-    SoftStats, Spawn,
+    Context, Embedder, Injector, Join, KernelError, LaunchError, LaunchReport, SoftConfig,
+    SoftDevice, SoftStats,
 };
 use hmm_types::{Access, ByteCount, DeviceId, PageCount, PageRange, VirtAddr};
 
@@ -80,9 +80,15 @@ pub struct SoftwareDevice {
 
 impl SoftwareDevice {
     pub(crate) fn open(host: &'static Host, options: SoftwareOptions) -> Result<Self, Error> {
-        let device = SoftDevice::open_with(options.0, &EngineSpawner(host))?;
-        host.threads
-            .run_on_root(move || device.for_each_own_range(hmm_os::exclude));
+        let embedder = InEngine {
+            host,
+            memory: Cell::new(None),
+        };
+        let device = SoftDevice::open_with(options.0, &embedder).inspect_err(|_| {
+            if let Some(memory) = embedder.memory.get() {
+                host.threads.run_on_root(move || hmm_os::include(memory));
+            }
+        })?;
         let added = host.add_device(device).and_then(|id| {
             device.attach(id, hmm_mem::leaked(Faults(host)))?;
             Ok(id)
@@ -100,10 +106,9 @@ impl SoftwareDevice {
     }
 
     pub(crate) fn close(host: &Host, device: &SoftDevice) {
-        // The ranges first: closing gives the addresses to whoever maps next.
-        host.threads
-            .run_on_root(move || device.for_each_own_range(hmm_os::include));
+        let memory = device.range();
         device.close();
+        host.threads.run_on_root(move || hmm_os::include(memory));
     }
 
     /// What requests name it by.
@@ -188,12 +193,22 @@ impl SoftwareDevice {
     }
 }
 
-/// Starts a device's threads as engine threads.
-struct EngineSpawner(&'static Host);
+/// A device whose memory is no other device's business, and whose threads are
+/// engine threads.
+struct InEngine {
+    host: &'static Host,
+    memory: Cell<Option<PageRange>>,
+}
 
-impl Spawn for EngineSpawner {
+impl Embedder for InEngine {
+    fn exclude(&self, range: PageRange) {
+        self.memory.set(Some(range));
+        let threads = &self.host.threads;
+        threads.run_on_root(move || hmm_os::exclude(range));
+    }
+
     fn spawn(&self, name: String, body: Box<dyn FnOnce() + Send>) -> io::Result<Box<dyn Join>> {
-        let thread = self.0.threads.spawn(&name, None, body)?;
+        let thread = self.host.threads.spawn(&name, None, body)?;
         Ok(Box::new(Joining(thread)))
     }
 }
