@@ -41,6 +41,7 @@ mod staging;
 mod tasks;
 mod text;
 mod thread;
+mod thread_locals;
 mod thread_memory;
 mod threads;
 mod uffd;

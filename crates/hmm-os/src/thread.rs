@@ -12,11 +12,14 @@ use std::mem::{ManuallyDrop, MaybeUninit};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 use std::sync::Once;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use hmm_mem::EngineAlloc;
 
+use crate::excluded::{exclude, include};
 use crate::fatal::{Line, fail};
 use crate::stack::Stack;
+use crate::thread_locals;
 
 thread_local! {
     /// Which descriptor table this thread shares: 0 is the program's.
@@ -129,7 +132,17 @@ struct Start<F> {
     body: F,
     name: Name,
     table: u32,
+    /// Set when what the thread needs is excluded; `None` if that is its stack
+    /// alone.
+    excluded: Option<Excluded>,
 }
+
+/// A flag that its thread's creator waits for, and keeps until it is set.
+struct Excluded(*const AtomicBool);
+
+// SAFETY: the flag is in engine memory and lives until it is set, which is the
+// last that is done with it.
+unsafe impl Send for Excluded {}
 
 /// Starts a thread that runs `body` with all signals blocked, on a stack that is
 /// excluded from migration, and sharing the caller's descriptor table.
@@ -140,10 +153,12 @@ pub(crate) fn create<F: FnOnce() + Send + 'static>(
     body: F,
 ) -> io::Result<EngineThread> {
     report_panics_without_the_heap();
+    let excluded = thread_locals::need_table().then(|| hmm_mem::boxed(AtomicBool::new(false)));
     let start = hmm_mem::boxed(Start {
         body,
         name: Name::new(name),
         table,
+        excluded: excluded.as_deref().map(|flag| Excluded(flag)),
     });
     let stack = Stack::new()?;
     let attributes = Attributes::new(cpu, &stack)?;
@@ -170,6 +185,12 @@ pub(crate) fn create<F: FnOnce() + Send + 'static>(
         // SAFETY: no thread was made, so nobody else has taken it over.
         drop(unsafe { hmm_mem::Box::from_raw_in(argument, EngineAlloc) });
         return Err(io::Error::from_raw_os_error(error));
+    }
+    while excluded
+        .as_deref()
+        .is_some_and(|flag| !flag.load(Ordering::Acquire))
+    {
+        rustix::thread::sched_yield();
     }
     Ok(EngineThread {
         thread,
@@ -228,9 +249,21 @@ impl Drop for Attributes {
 extern "C" fn run<F: FnOnce()>(argument: *mut c_void) -> *mut c_void {
     // SAFETY: the box that `create` gave up for this thread.
     let start = unsafe { hmm_mem::Box::from_raw_in(argument.cast::<Start<F>>(), EngineAlloc) };
-    let Start { body, name, table } = hmm_mem::Box::into_inner(start);
+    let Start {
+        body,
+        name,
+        table,
+        excluded,
+    } = hmm_mem::Box::into_inner(start);
     TABLE.set(table);
     hmm_sync::enter_engine_thread();
+    let locals = excluded.and_then(|Excluded(flag)| {
+        let locals = thread_locals::own_table();
+        locals.into_iter().for_each(exclude);
+        // SAFETY: the creator keeps the flag until this is done.
+        unsafe { (*flag).store(true, Ordering::Release) };
+        locals
+    });
     // SAFETY: 16 bytes with a zero at the end.
     unsafe { libc::prctl(libc::PR_SET_NAME, name.0.as_ptr()) };
     if catch_unwind(AssertUnwindSafe(body)).is_err() {
@@ -241,6 +274,7 @@ extern "C" fn run<F: FnOnce()>(argument: *mut c_void) -> *mut c_void {
             name.as_str()
         ));
     }
+    locals.into_iter().for_each(include);
     ptr::null_mut()
 }
 

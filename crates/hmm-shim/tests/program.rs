@@ -399,6 +399,54 @@ fn system_calls_work_on_what_is_on_a_device() {
     });
 }
 
+/// All of the program's heap is on a device again and again. The C library keeps
+/// there what the library's own threads need to find their thread-local data.
+#[test]
+fn the_whole_heap_may_be_on_a_device() {
+    under_shim("the_whole_heap_may_be_on_a_device", || {
+        let fd = device(0);
+        let mirror = Area::new(64);
+        // The arenas of the C library: the main one, and those of threads.
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let mut heaps = Vec::new();
+        for line in maps.lines() {
+            let mut fields = line.split_ascii_whitespace();
+            let (range, access) = (fields.next().unwrap(), fields.next().unwrap());
+            let name = fields.nth(3).unwrap_or("");
+            let (from, to) = range.split_once('-').unwrap();
+            let [from, to] = [from, to].map(|hex| u64::from_str_radix(hex, 16).unwrap());
+            let arena = name.is_empty() && from.is_multiple_of(64 << 20);
+            if access == "rw-p" && (name == "[heap]" || arena) {
+                heaps.push((from, to));
+            }
+        }
+        assert!(!heaps.is_empty());
+        let (mut asked, mut moved) = (0, 0);
+        for round in 0..100u64 {
+            for &(from, to) in &heaps {
+                let mut at = from;
+                while at < to {
+                    let npages = ((to - at) / PAGE as u64).min(mirror.pages as u64);
+                    let mut command = Cmd {
+                        addr: at,
+                        ptr: mirror.start as u64,
+                        npages,
+                        ..Cmd::default()
+                    };
+                    asked += npages;
+                    if raw(fd.as_raw_fd(), TO_DEVICE, &raw mut command).is_ok() {
+                        moved += command.cpages;
+                    }
+                    at += npages * PAGE as u64;
+                }
+            }
+            let kept: Vec<Vec<u64>> = (0..50).map(|size| vec![round; size * 7]).collect();
+            assert!(kept.iter().flatten().all(|&word| word == round));
+        }
+        println!("{moved} of {asked} pages of the heap went to the device");
+    });
+}
+
 /// A pipe holds pages by reference, which nobody can see. The library knows the
 /// call: the pages keep what they had when they left.
 #[test]
