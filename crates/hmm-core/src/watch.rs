@@ -2,7 +2,7 @@
 
 use hmm_hal::{Mapping, RegisterError};
 use hmm_sync::WriteGuard;
-use hmm_types::{PAGE_SIZE, PageRange, StayReason, VirtAddr};
+use hmm_types::{PAGE_SIZE, PageCount, PageRange, StayReason, VirtAddr};
 
 use crate::engine::Engine;
 use crate::executor::Executor;
@@ -75,12 +75,37 @@ impl Engine<'_> {
             Err(RegisterError::Limit) => return Err(StayReason::Limit),
         }
         // Still the memory that was judged, and not a part of another mapping,
-        // which would be split now?
-        let same = self.adjoined(range) == adjoined && self.mapping_that_is(judged).is_some();
+        // which would be split now? And did the kernel meet all of it?
+        let same = self.adjoined(range) == adjoined
+            && self
+                .mapping_that_is(judged)
+                .is_some_and(|now| now.encloses(range))
+            && self.was_met(range);
         if same && map.insert(range, judged.huge_pages) {
             return Ok(true);
         }
-        // Nothing of it has left yet: only what was registered before stays so.
+        self.undo(map, range, judged.huge_pages);
+        if same {
+            return Err(StayReason::Limit);
+        }
+        Ok(false)
+    }
+
+    /// Whether all of a range, which is one mapping now, was registered. The kernel
+    /// skips what the program has elsewhere at that moment, and does not report
+    /// that it returns. If it skipped all of the mapping, then what it took instead
+    /// has gone since, which is a change under way.
+    fn was_met(&self, range: PageRange) -> bool {
+        self.space.is_quiet() || {
+            let mut registered = PageCount::ZERO;
+            self.space
+                .registered(range, &mut |part| registered += part.pages());
+            registered == range.pages()
+        }
+    }
+
+    /// Only what was registered before stays so. Nothing of the rest has left yet.
+    fn undo(&self, map: &mut SpaceMap, range: PageRange, huge_pages: bool) {
         let mut next = range.start();
         for piece in map.overlapping(range) {
             if next < piece.start {
@@ -91,10 +116,19 @@ impl Engine<'_> {
         if next < range.end() {
             self.space.unregister(PageRange::span(next, range.end()));
         }
-        if same {
-            return Err(StayReason::Limit);
+        if self.space.is_quiet() {
+            return;
         }
-        Ok(false)
+        // Perhaps a drop was announced meanwhile, which comes when that has been
+        // read. Nothing may take those pages before: so they are registered again
+        // after all, and the event finds them.
+        for mapping in self.mappings_of(range).into_iter().flatten() {
+            if Self::immovable(&mapping).is_none() && self.space.register(mapping.range).is_ok() {
+                self.space.registered(mapping.range, &mut |part| {
+                    let _ = map.insert(part, huge_pages);
+                });
+            }
+        }
     }
 
     /// All of the mapping that has the judged range now, if it is still of the

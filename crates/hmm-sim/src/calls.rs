@@ -152,6 +152,7 @@ impl SimSpace {
         let space = SpaceId::OWN;
         let mut guard = self.state();
         let state = &mut *guard;
+        let registering = state.registering;
         let own = state.own();
         let vma = *own.vma_at(from.start()).ok_or(Refused)?;
         if !vma.range.encloses(from) || vma.foreign {
@@ -167,7 +168,14 @@ impl SimSpace {
         if to.start() != from.start() {
             let (_, pages) = own.remove(kept);
             let told = to.slice(0, kept.pages().get());
-            own.insert(Vma { range: told, ..vma });
+            // Whether the engine is told what it has registered a moment ago, it
+            // does not know yet.
+            let untold = vma.untold || registering;
+            own.insert(Vma {
+                range: told,
+                untold,
+                ..vma
+            });
             if told != to {
                 own.insert(Vma {
                     range: PageRange::span(told.end(), to.end()),

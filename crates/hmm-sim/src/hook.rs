@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// A call of the engine in which others run: it makes them without locks, but
-/// for [`HookPoint::Read`].
+/// for [`HookPoint::Read`] and [`HookPoint::Register`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HookPoint {
     /// Before transfers are handed to a device.
@@ -26,9 +26,17 @@ pub enum HookPoint {
     Discard,
     /// An event was read, with the gate held: the thread that sent it runs on.
     Read,
+    /// Before and after the kernel registers memory, with the gate held.
+    Register,
 }
 
 impl HookPoint {
+    /// Whether the engine has the gate, so that only the program runs.
+    #[must_use]
+    pub const fn has_gate(self) -> bool {
+        matches!(self, Self::Read | Self::Register)
+    }
+
     /// Whether the caller can only go on when an event has been read.
     #[must_use]
     pub const fn needs_reader(self) -> bool {
@@ -62,7 +70,7 @@ impl HookSlot {
     /// Runs the hook. The simulator holds no lock here, and checks that the
     /// engine does not either.
     pub(crate) fn call(&self, point: HookPoint) {
-        if point != HookPoint::Read {
+        if !point.has_gate() {
             hmm_sync::assert_none_held();
         }
         let hook = self

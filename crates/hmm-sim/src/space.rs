@@ -53,6 +53,8 @@ pub(crate) struct State {
     pub again_left: u64,
     pub next_child: u16,
     pub next_pin: u64,
+    /// Memory was registered, and the engine has not heard so yet.
+    pub registering: bool,
 }
 
 impl State {
@@ -112,6 +114,7 @@ impl SimSpace {
                         again_left: 0,
                         next_child: 1,
                         next_pin: 0,
+                        registering: false,
                     },
                 ),
                 hook: HookSlot::default(),
@@ -242,6 +245,36 @@ impl SimSpace {
 }
 
 impl State {
+    fn register(&mut self, range: PageRange) -> Result<(), RegisterError> {
+        let once_in = self.rates.register_limit;
+        if self.rng.one_in(once_in) {
+            return Err(RegisterError::Limit);
+        }
+        let own = self.own();
+        if own.overlapping(range).any(|vma| vma.foreign) {
+            return Err(RegisterError::Foreign);
+        }
+        let suits = |vma: Vma| {
+            let kinds = [
+                MemoryKind::PrivateAnonymous,
+                MemoryKind::Shared,
+                MemoryKind::HugeTlb,
+            ];
+            kinds.contains(&vma.kind)
+        };
+        if own.overlapping(range).next().is_none() || !own.overlapping(range).all(suits) {
+            return Err(RegisterError::Unsuitable);
+        }
+        // An event that is to be read may be about what was there before, and
+        // have the engine forget this.
+        let untold = self.queue.changing(SpaceId::OWN);
+        self.own().change(range, |vma| {
+            vma.registered = true;
+            vma.untold = untold;
+        });
+        Ok(())
+    }
+
     /// Bounce memory is ordinary memory: it is there when it is touched.
     pub(crate) fn bounce_in(&mut self, page: VirtAddr) {
         if page >= BOUNCE_START && !self.own().pages.contains_key(&page) {
@@ -260,12 +293,17 @@ impl AddressSpace for SimSpace {
     }
 
     fn mappings(&self, range: PageRange, visit: &mut dyn FnMut(Mapping)) -> Result<(), SpaceError> {
-        let vmas: Vec<_> = self.state().own().overlapping(range).collect();
-        for vma in vmas {
+        let vmas: Vec<_> = {
+            let mut state = self.state();
+            let own = state.own();
+            let whole = |vma: Vma| own.vma_at(vma.range.start()).map(|all| (vma, all.range));
+            own.overlapping(range).filter_map(whole).collect()
+        };
+        for (vma, whole) in vmas {
             visit(Mapping {
                 huge_pages: false,
                 range: vma.range,
-                whole: vma.range,
+                whole,
                 kind: vma.kind,
                 permissions: vma.permissions,
                 engine_owned: vma.engine_owned,
@@ -321,30 +359,16 @@ impl AddressSpace for SimSpace {
     }
 
     fn register(&self, range: PageRange) -> Result<(), RegisterError> {
-        let mut guard = self.state();
-        let state = &mut *guard;
-        let once_in = state.rates.register_limit;
-        if state.rng.one_in(once_in) {
-            return Err(RegisterError::Limit);
-        }
-        let own = state.own();
-        if own.overlapping(range).any(|vma| vma.foreign) {
-            return Err(RegisterError::Foreign);
-        }
-        let suits = own.overlapping(range).all(|vma| {
-            matches!(
-                vma.kind,
-                MemoryKind::PrivateAnonymous | MemoryKind::Shared | MemoryKind::HugeTlb
-            )
-        });
-        if !suits || !own.covered(range) {
+        if !self.state().own().covered(range) {
             return Err(RegisterError::Unsuitable);
         }
-        own.change(range, |vma| {
-            vma.registered = true;
-            vma.untold = false;
-        });
-        Ok(())
+        // The program goes on meanwhile: the kernel takes what there is by then.
+        self.hook(HookPoint::Register);
+        let registered = self.state().register(range);
+        self.state().registering = true;
+        self.hook(HookPoint::Register);
+        self.state().registering = false;
+        registered
     }
 
     fn unregister(&self, range: PageRange) {

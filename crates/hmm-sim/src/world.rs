@@ -338,7 +338,7 @@ impl<E: EngineUnderTest> World<E> {
             return;
         }
         let depth = self.space.depth();
-        if point == HookPoint::Read {
+        if point.has_gate() {
             let steps = self.scene().rng.below(MAX_NESTED_STEPS);
             (0..steps).for_each(|_| self.act(true));
             return;

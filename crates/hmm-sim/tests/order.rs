@@ -1,7 +1,7 @@
 //! Changes that are reported late or not at all, and faults that are served late.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use hmm_hal::SpaceId;
 use hmm_sim::{
@@ -52,6 +52,13 @@ impl Process {
 
     /// Memory on the device, each page full of this value.
     fn on_device(&self, range: PageRange, value: u8) {
+        self.map(range, value);
+        self.engine
+            .request(Request::Migrate(range, DeviceId::new(0)));
+    }
+
+    /// Memory, each page full of this value.
+    fn map(&self, range: PageRange, value: u8) {
         self.space.mmap(MapRequest {
             range,
             kind: MemoryKind::PrivateAnonymous,
@@ -65,8 +72,6 @@ impl Process {
                 Touch::Done
             );
         }
-        self.engine
-            .request(Request::Migrate(range, DeviceId::new(0)));
     }
 
     /// What a CPU thread finds there.
@@ -321,5 +326,70 @@ fn what_is_copied_and_dropped_ends_with_the_mapping() {
     assert_eq!(seen, 1, "what the DMA reads");
     for page in range.iter_pages() {
         assert_eq!(process.value(page), 1, "{page}");
+    }
+}
+
+/// While a mapping is being registered, the program moves a part of it away and
+/// back again: the kernel registers only what is there in between, and that part
+/// must not count as registered.
+#[test]
+fn what_was_elsewhere_while_its_mapping_was_registered_is_not_watched() {
+    let process = Process::new();
+    let [first, elsewhere] = [pages(0), pages(100)];
+    let mapping = PageRange::from_pages(first.start(), PageCount::new(2 * PAGES));
+    process.map(mapping, 1);
+    let calls = AtomicU32::new(0);
+    let space = process.space.clone();
+    process.space.set_hook(Some(Arc::new(move |point| {
+        if point == HookPoint::Register {
+            let ways = [(first, elsewhere), (elsewhere, first)];
+            let way = ways.get(calls.fetch_add(1, Ordering::Relaxed) as usize);
+            if let Some(&(from, to)) = way {
+                let untold = space.mremap(from, to).unwrap().is_none();
+                assert!(untold, "it is not registered");
+            }
+        }
+    })));
+    process
+        .engine
+        .request(Request::Migrate(first.slice(0, 1), DeviceId::new(0)));
+    process.space.set_hook(None);
+    for page in mapping.iter_pages() {
+        assert_eq!(process.value(page), 1, "{page}");
+    }
+}
+
+/// Memory was registered and, as another mapping has come next to it, is let go
+/// again. In between the program has said that it drops some, and does so once
+/// that was read: nothing of it may have gone to the device by then.
+#[test]
+fn a_drop_announced_by_memory_that_is_let_go_is_remembered() {
+    let process = Process::new();
+    let (range, device) = (pages(0), DeviceId::new(0));
+    process.map(range, 1);
+    let calls = AtomicU32::new(0);
+    let dropped = Arc::new(std::sync::Mutex::new(None));
+    let (space, told) = (process.space.clone(), Arc::clone(&dropped));
+    process.space.set_hook(Some(Arc::new(move |point| {
+        if point == HookPoint::Register && calls.fetch_add(1, Ordering::Relaxed) == 1 {
+            let ticket = space.dontneed(SpaceId::OWN, range).unwrap().1;
+            *told.lock().unwrap() = Some(ticket.expect("it is registered"));
+            space.mmap(MapRequest {
+                range: pages(PAGES),
+                kind: MemoryKind::PrivateAnonymous,
+                foreign: false,
+            });
+        }
+    })));
+    process.engine.request(Request::Migrate(range, device));
+    process.space.set_hook(None);
+    let ticket = dropped.lock().unwrap().expect("it was registered");
+    while process.space.is_unread(ticket) {
+        process.engine.read();
+    }
+    process.engine.request(Request::Migrate(range, device));
+    process.space.zap(SpaceId::OWN, range);
+    for page in range.iter_pages() {
+        assert_eq!(process.value(page), 0, "{page} was dropped");
     }
 }
