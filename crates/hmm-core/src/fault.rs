@@ -88,12 +88,13 @@ impl Engine<'_> {
     fn look_at(&self, fault: QueuedFault) -> Found {
         let map = self.gate.read();
         let Some(piece) = map.find(fault.address) else {
-            drop(map);
             if self.is_staging(fault.address) {
+                drop(map);
                 return self.refill_staging(fault.address);
             }
             // Registered memory without a piece has nothing away: a hole, for
-            // instance behind mremap(MREMAP_DONTUNMAP).
+            // instance behind mremap(MREMAP_DONTUNMAP). While the gate is held it
+            // gets none: the fault may be an old one, of what was there before.
             let page = PageRange::from_pages(fault.address.page_floor(), PageCount::ONE);
             return match self.space.zero_pages(SpaceId::OWN, page).stop {
                 Some(Stop::Again) => Found::Again,

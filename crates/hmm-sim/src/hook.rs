@@ -26,6 +26,8 @@ pub enum HookPoint {
     Discard,
     /// An event was read, with the gate held: the thread that sent it runs on.
     Read,
+    /// Before zeros are put somewhere without a lock.
+    Fill,
     /// Before and after the kernel registers memory, with the gate held.
     Register,
 }

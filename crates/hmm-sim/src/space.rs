@@ -403,6 +403,9 @@ impl AddressSpace for SimSpace {
     }
 
     fn zero_pages(&self, space: SpaceId, range: PageRange) -> Progress {
+        if hmm_sync::holds_none() {
+            self.hook(HookPoint::Fill);
+        }
         self.state().fill_pages(space, Filling::Zeros, range)
     }
 

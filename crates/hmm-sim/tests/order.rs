@@ -393,3 +393,57 @@ fn a_drop_announced_by_memory_that_is_let_go_is_remembered() {
         assert_eq!(process.value(page), 0, "{page} was dropped");
     }
 }
+
+/// A handler has read a fault in memory that has nothing away, and does not get to
+/// run. Meanwhile other memory is mapped there, and goes to the device: it gets no
+/// zeros.
+#[test]
+fn an_old_fault_puts_no_zeros_where_pages_are_away() {
+    let process = Process::new();
+    let range = pages(0);
+    let grown = PageRange::from_pages(range.end(), PageCount::new(PAGES));
+    process.on_device(range, 1);
+    let all = PageRange::span(range.start(), grown.end());
+    process.space.mremap(range, all).unwrap();
+    let look = &mut |_: &mut hmm_sim::Payload| {};
+    let page = grown.start();
+    let touch = process
+        .space
+        .touch(SpaceId::OWN, 9, page, Access::Read, look);
+    assert_ne!(touch, Touch::Done, "it is registered");
+    process.engine.read();
+
+    let changed = AtomicBool::new(false);
+    let (space, engine) = (process.space.clone(), Arc::downgrade(&process.engine));
+    process.space.set_hook(Some(Arc::new(move |point| {
+        let Some(engine) = engine.upgrade() else {
+            return;
+        };
+        if point == HookPoint::Fill && !changed.swap(true, Ordering::Relaxed) {
+            let ticket = space.munmap(SpaceId::OWN, grown).expect("it is registered");
+            while space.is_unread(ticket) {
+                engine.read();
+            }
+            space.mmap(MapRequest {
+                range: grown,
+                kind: MemoryKind::PrivateAnonymous,
+                foreign: false,
+            });
+            let fill = &mut |data: &mut hmm_sim::Payload| data.fill(7);
+            for page in grown.iter_pages() {
+                assert_eq!(
+                    space.touch(SpaceId::OWN, 1, page, Access::Write, fill),
+                    Touch::Done
+                );
+            }
+            engine.request(Request::Migrate(grown, DeviceId::new(0)));
+        }
+    })));
+    process.engine.work();
+    process.space.set_hook(None);
+    // Nothing comes in between if the handler has the gate.
+    let right = if process.value(grown.start()) == 0 { 0 } else { 7 };
+    for page in grown.iter_pages() {
+        assert_eq!(process.value(page), right, "{page}");
+    }
+}

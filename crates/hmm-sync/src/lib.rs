@@ -22,7 +22,7 @@ use std::sync as imp;
 use shuttle::sync as imp;
 
 pub use imp::atomic;
-pub use rank::{Rank, assert_none_held, enter_engine_thread};
+pub use rank::{Rank, assert_none_held, enter_engine_thread, holds_none};
 
 use rank::Held;
 

@@ -124,6 +124,15 @@ impl Drop for Held {
     }
 }
 
+/// Whether the calling thread holds no lock. False where locks are not tracked: in
+/// builds without debug assertions.
+#[must_use]
+pub fn holds_none() -> bool {
+    cfg!(debug_assertions)
+        && !cfg!(hmm_shuttle)
+        && HELD.with(|held| held.get() & !(1 << (Rank::Control as u8)) == 0)
+}
+
 /// Checks that the calling thread holds no lock: what may wait says so.
 ///
 /// # Panics
