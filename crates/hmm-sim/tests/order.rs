@@ -442,7 +442,11 @@ fn an_old_fault_puts_no_zeros_where_pages_are_away() {
     process.engine.work();
     process.space.set_hook(None);
     // Nothing comes in between if the handler has the gate.
-    let right = if process.value(grown.start()) == 0 { 0 } else { 7 };
+    let right = if process.value(grown.start()) == 0 {
+        0
+    } else {
+        7
+    };
     for page in grown.iter_pages() {
         assert_eq!(process.value(page), right, "{page}");
     }
