@@ -4,24 +4,32 @@
 //! own memory, whose use is read before and after. A mapping is registered as a
 //! whole when a migration names a page of it; so one page goes to the device,
 //! and all others are registered and never moved. Staging is no table, and is
-//! not counted.
+//! not counted, nor what a device takes however small its memory is: the stacks
+//! of its threads.
 
-use hmm::{Hmm, PageCount, SoftwareOptions, engine_memory_bytes};
+use hmm::{ByteCount, Hmm, PageCount, SoftwareOptions, engine_memory_bytes};
 
 use super::sample::{Measured, Outcome};
 use super::transfer::{DEVICE_MEMORY, SIZE, STAGING, to};
 use crate::floor::Area;
 
+/// Has next to no frames.
+const SMALL_DEVICE: ByteCount = ByteCount::mib(2);
+
 /// Both rows.
 pub fn metadata() -> anyhow::Result<Outcome> {
     let hmm = Hmm::builder().staging_limit(STAGING).open()?;
     let opened = engine_memory_bytes();
-    let options = SoftwareOptions::new(DEVICE_MEMORY).workers(1);
-    let device = hmm.add_software_device(options)?;
+    let add = |memory| hmm.add_software_device(SoftwareOptions::new(memory).workers(1));
+    // What any device takes, its worker's stack above all, is none of a page.
+    add(SMALL_DEVICE)?;
+    let with_small = engine_memory_bytes();
+    let device = add(DEVICE_MEMORY)?;
     let with_device = engine_memory_bytes();
     // What the device keeps for each frame, used or not, counts for the pages
     // in its frames.
-    let frames = with_device.saturating_sub(opened);
+    let small = with_small.saturating_sub(opened);
+    let frames = with_device.saturating_sub(with_small).saturating_sub(small);
 
     let area = Area::filled(SIZE, false)?;
     hmm.migrate(area.range().slice(0, 1), device.id())?;
