@@ -29,9 +29,12 @@ pub struct Watchdog(#[allow(dead_code, reason = "dropping it calls the dog off")
 /// Lets the test called `name` run for so many seconds at most.
 pub fn watchdog(name: &'static str, seconds: u64) -> Watchdog {
     let (sender, receiver) = mpsc::channel::<()>();
+    // A test may forbid the process more memory, which a starting thread needs.
+    let (started, starts) = mpsc::channel::<()>();
     std::thread::Builder::new()
         .name("watchdog".into())
         .spawn(move || {
+            let _ = started.send(());
             let end = receiver.recv_timeout(Duration::from_secs(seconds));
             if end == Err(mpsc::RecvTimeoutError::Timeout) {
                 eprintln!("watchdog: {name} hangs: not done after {seconds} s");
@@ -43,6 +46,7 @@ pub fn watchdog(name: &'static str, seconds: u64) -> Watchdog {
             }
         })
         .expect("a watchdog thread");
+    starts.recv().expect("the watchdog has started");
     Watchdog(sender)
 }
 
