@@ -125,6 +125,8 @@ impl Engine<'_> {
         for mapping in self.mappings_of(range).into_iter().flatten() {
             if Self::immovable(&mapping).is_none() && self.space.register(mapping.range).is_ok() {
                 self.space.registered(mapping.range, &mut |part| {
+                    // With no room for it, it is registered memory without a
+                    // piece, which the event gives it.
                     let _ = map.insert(part, huge_pages);
                 });
             }

@@ -19,11 +19,15 @@ const PAGES: usize = 1200;
 /// A file without a name, of whole pages with a pattern.
 fn file(pages: usize, seed: u64) -> File {
     let file = tempfile();
+    write_pattern(&file, pages, seed);
+    file
+}
+
+fn write_pattern(file: &File, pages: usize, seed: u64) {
     let bytes: Vec<u8> = (0..pages * WORDS)
         .flat_map(|index| pattern(seed, index).to_ne_bytes())
         .collect();
     file.write_all_at(&bytes, 0).expect("a file is written");
-    file
 }
 
 fn tempfile() -> File {
@@ -362,10 +366,7 @@ fn file_in(folder: &str, seed: u64) -> File {
     let mut options = File::options();
     let options = options.read(true).write(true).create_new(true);
     let file = options.open(path).expect("a file");
-    let bytes: Vec<u8> = (0..PAGES * WORDS)
-        .flat_map(|index| pattern(seed, index).to_ne_bytes())
-        .collect();
-    file.write_all_at(&bytes, 0).expect("a file is written");
+    write_pattern(&file, PAGES, seed);
     file.sync_all().expect("a file is synced");
     file
 }
