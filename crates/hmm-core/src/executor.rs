@@ -40,6 +40,7 @@ pub struct Executor {
     bounce: VirtAddr,
     reads_events: bool,
     queue: FaultQueue,
+    alone: bool,
     relief: Option<&'static dyn Relief>,
 }
 
@@ -79,6 +80,7 @@ impl Executor {
                 head: 0,
                 len: 0,
             },
+            alone: false,
             relief: None,
         }
     }
@@ -88,6 +90,16 @@ impl Executor {
     pub const fn relieved_by(mut self, relief: &'static dyn Relief) -> Self {
         self.relief = Some(relief);
         self
+    }
+
+    /// Whether no other executor serves faults now. A thread that is woken while
+    /// this one holds locks finds nobody who would wait for them.
+    pub const fn set_alone(&mut self, alone: bool) {
+        self.alone = alone;
+    }
+
+    pub(crate) const fn is_alone(&self) -> bool {
+        self.alone
     }
 
     pub(crate) fn takes_long(&self) {

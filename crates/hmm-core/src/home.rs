@@ -169,19 +169,19 @@ impl Poisons {
 }
 
 /// Pages of a block whose states are `Downloading`, owned by the step.
-struct Claim {
+struct Claim<'a> {
     block: BlockId,
     first: u32,
     pages: u32,
     device: DeviceId,
-    frames: [FrameId; PAGES_PER_BLOCK],
+    frames: &'a [FrameId],
     huge: bool,
     /// Pages of a huge page of hugetlbfs that the caller has asked about; all of
     /// it comes.
     part_of_hugetlb: Option<u32>,
 }
 
-impl Claim {
+impl Claim<'_> {
     /// The frames of pages `from..from + pages` as runs, each with the index of
     /// its first page counted from `from`.
     fn runs(&self, from: u32, pages: u32) -> impl Iterator<Item = (u32, FrameRange)> {
@@ -221,6 +221,10 @@ impl Landing {
         match self {
             Self::Staging(_, start) | Self::Bounce(start, _) => start.plus_pages(page as u64),
         }
+    }
+
+    const fn is_bounce(&self) -> bool {
+        matches!(self, Self::Bounce(..))
     }
 
     fn staging_page(&self, page: u32) -> Option<StagingPage> {
@@ -291,8 +295,9 @@ impl Engine<'_> {
     pub(crate) fn step_home(&self, executor: &mut Executor, range: PageRange, home: Home) -> Step {
         let mut step = Step::default();
         let mut attempt = 0;
+        let mut frames = [FrameId::new(0); PAGES_PER_BLOCK];
         let claim = loop {
-            match self.claim_home(range, home, &mut step) {
+            match self.claim_home(range, home, &mut step, &mut frames) {
                 Claimed::Nothing => return step,
                 Claimed::Again => {
                     if !self.wait_for_events(executor, attempt) {
@@ -364,7 +369,13 @@ impl Engine<'_> {
 
     /// Finds the first run of pages that are away and claims it. Staged pages
     /// are put back at once: that needs no copy.
-    fn claim_home(&self, range: PageRange, home: Home, step: &mut Step) -> Claimed {
+    fn claim_home<'a>(
+        &self,
+        range: PageRange,
+        home: Home,
+        step: &mut Step,
+        frames: &'a mut [FrameId; PAGES_PER_BLOCK],
+    ) -> Claimed<'a> {
         let map = self.gate.read();
         // One block a step: its lock is held while states are looked through.
         let Some(piece) = map.overlapping(range).next() else {
@@ -428,39 +439,32 @@ impl Engine<'_> {
         let PageState::Device { device, .. } = inner.state(index) else {
             unreachable!("only pages that are away are wanted");
         };
-        let huge =
-            inner.huge && index == 0 && end == BLOCK_PAGES && place.start().is_block_aligned();
-        let mut claim = Claim {
+        let first = index;
+        let huge = inner.huge && first == 0 && end == BLOCK_PAGES;
+        let huge = huge && place.start().is_block_aligned() && !block.is_hugetlb();
+        let mut pages = 0;
+        for slot in frames.iter_mut().take((end - first) as usize) {
+            match inner.state(first + pages) {
+                PageState::Device { device: on, frame } if on == device => *slot = frame,
+                _ => break,
+            }
+            pages += 1;
+        }
+        let claim = Claim {
             block: piece.block,
-            first: index,
-            pages: 0,
+            first,
+            pages,
             device,
-            frames: [FrameId::new(0); PAGES_PER_BLOCK],
-            huge: huge && !block.is_hugetlb(),
+            frames: &frames[..pages as usize],
+            huge: huge && pages == BLOCK_PAGES,
             part_of_hugetlb: block.is_hugetlb().then_some(asked),
         };
-        while index < end {
-            let PageState::Device { device: on, frame } = inner.state(index) else {
-                break;
-            };
-            if on != device {
-                break;
-            }
-            claim.frames[claim.pages as usize] = frame;
-            claim.pages += 1;
-            index += 1;
-        }
-        let place = place.slice(0, u64::from(claim.pages));
+        let place = place.slice(0, u64::from(pages));
         self.notifiers.lock().invalidate(place);
         self.devices.slot(device).device.unmap(place);
-        for offset in 0..claim.pages {
-            let frame = claim.frames[offset as usize];
-            inner.set(
-                claim.first + offset,
-                PageState::Downloading { device, frame },
-            );
+        for (index, &frame) in (first..).zip(claim.frames) {
+            inner.set(index, PageState::Downloading { device, frame });
         }
-        claim.huge &= claim.pages == BLOCK_PAGES;
         Claimed::Pages(claim)
     }
 
@@ -472,7 +476,7 @@ impl Engine<'_> {
         place: PageRange,
         page: StagingPage,
         step: &mut Step,
-    ) -> Claimed {
+    ) -> Claimed<'static> {
         let from = PageRange::from_pages(self.staging.lock().address(page), PageCount::ONE);
         self.invalidate(inner, place);
         let mut progress = self.space.move_pages(from, place.start());
@@ -511,7 +515,7 @@ impl Engine<'_> {
     }
 
     /// Where to copy the next pages of a claim.
-    fn landing(&self, executor: &Executor, claim: &Claim, pages: u32) -> Landing {
+    fn landing(&self, executor: &Executor, claim: &Claim<'_>, pages: u32) -> Landing {
         if self.capabilities.move_pages && u64::from(pages) > self.settings.copy_at_most.get() {
             let mut staging = self.staging.lock();
             let kinds: &[SlotKind] = if claim.huge && pages == claim.pages {
@@ -541,7 +545,7 @@ impl Engine<'_> {
         }
     }
 
-    fn copy_home(&self, claim: &Claim, from: u32, landing: Landing) -> Result<(), DeviceError> {
+    fn copy_home(&self, claim: &Claim<'_>, from: u32, landing: Landing) -> Result<(), DeviceError> {
         hmm_sync::assert_none_held();
         if claim.part_of_hugetlb.is_none() {
             return self.copy_pages_home(claim, from, landing, 0..landing.pages());
@@ -558,7 +562,7 @@ impl Engine<'_> {
     /// Copies some of the pages of a landing.
     fn copy_pages_home(
         &self,
-        claim: &Claim,
+        claim: &Claim<'_>,
         from: u32,
         landing: Landing,
         pages: std::ops::Range<u32>,
@@ -588,7 +592,7 @@ impl Engine<'_> {
     fn commit_home(
         &self,
         executor: &mut Executor,
-        claim: &Claim,
+        claim: &Claim<'_>,
         from: u32,
         landing: Landing,
     ) -> (u64, Option<(u32, StayReason)>) {
@@ -596,11 +600,15 @@ impl Engine<'_> {
         let mut given_up = None;
         let mut offset = 0;
         let mut attempt = 0;
+        let wakes = executor.is_alone();
         while offset < landing.pages() {
-            let (placed, stop) = self.place_home(claim, from, landing, &mut offset);
+            let (placed, stop) = self.place_home(claim, from, landing, &mut offset, wakes);
             if let Some(placed) = placed {
                 moved += placed.pages().get();
-                self.space.wake(SpaceId::OWN, placed);
+                // If that can be done without another call, it has been.
+                if !(wakes && landing.is_bounce()) {
+                    self.space.wake(SpaceId::OWN, placed);
+                }
             }
             match stop {
                 None => {}
@@ -632,10 +640,11 @@ impl Engine<'_> {
     /// now that no lock is held, and why it must be tried again, if it must.
     fn place_home(
         &self,
-        claim: &Claim,
+        claim: &Claim<'_>,
         from: u32,
         landing: Landing,
         offset: &mut u32,
+        wakes: bool,
     ) -> (Option<PageRange>, Option<Stop>) {
         let map = self.gate.read();
         let block = map.block(claim.block);
@@ -661,7 +670,7 @@ impl Engine<'_> {
             unreachable!("a page that is not doomed is mapped somewhere");
         };
         let host = landing.address(*offset);
-        let (progress, emptied) = self.place_pages(host, place, landing);
+        let (progress, emptied) = self.place_pages(host, place, landing, wakes);
         let placed = u32::try_from(progress.done.get()).unwrap_or(0);
         for (_, frames) in claim.runs(from + *offset, placed) {
             self.devices.slot(claim.device).free(frames);
@@ -695,20 +704,33 @@ impl Engine<'_> {
     }
 
     /// Moves staging pages in, or copies where the mapping does not let pages
-    /// move or the pages are bounce memory. True when the sources are gone.
-    fn place_pages(&self, host: VirtAddr, place: PageRange, landing: Landing) -> (Progress, bool) {
-        if let Landing::Staging(..) = landing {
-            let source = PageRange::from_pages(host, place.pages());
-            let progress = self.space.move_pages(source, place.start());
-            let movable = !matches!(progress.stop, Some(Stop::Incompatible | Stop::Busy));
-            if progress.done > PageCount::ZERO || movable {
-                return (progress, true);
-            }
+    /// move or the pages are bounce memory: those wake who waits, if `wakes`. True
+    /// when the sources are gone.
+    fn place_pages(
+        &self,
+        host: VirtAddr,
+        place: PageRange,
+        landing: Landing,
+        wakes: bool,
+    ) -> (Progress, bool) {
+        if landing.is_bounce() {
+            let progress = if wakes {
+                self.space.copy_pages_and_wake(SpaceId::OWN, host, place)
+            } else {
+                self.space.copy_pages(SpaceId::OWN, host, place)
+            };
+            return (progress, false);
+        }
+        let source = PageRange::from_pages(host, place.pages());
+        let progress = self.space.move_pages(source, place.start());
+        let movable = !matches!(progress.stop, Some(Stop::Incompatible | Stop::Busy));
+        if progress.done > PageCount::ZERO || movable {
+            return (progress, true);
         }
         (self.space.copy_pages(SpaceId::OWN, host, place), false)
     }
 
-    fn free_claimed(&self, claim: &Claim, page: u32) {
+    fn free_claimed(&self, claim: &Claim<'_>, page: u32) {
         let frame = claim.frames[page as usize];
         self.devices
             .slot(claim.device)
@@ -719,7 +741,7 @@ impl Engine<'_> {
     fn drop_claimed(
         &self,
         inner: &mut BlockInner,
-        claim: &Claim,
+        claim: &Claim<'_>,
         from: u32,
         landing: Landing,
         offset: u32,
@@ -746,7 +768,7 @@ impl Engine<'_> {
     }
 
     /// Gives the rest of a landing up: the pages rest on the device.
-    fn give_up(&self, claim: &Claim, from: u32, landing: Landing, offset: &mut u32) {
+    fn give_up(&self, claim: &Claim<'_>, from: u32, landing: Landing, offset: &mut u32) {
         self.settle_home(claim, from + *offset, landing.pages() - *offset);
         while *offset < landing.pages() {
             if let Some(staging) = landing.staging_page(*offset) {
@@ -757,7 +779,7 @@ impl Engine<'_> {
     }
 
     /// Pages of a claim rest on the device.
-    fn settle_home(&self, claim: &Claim, from: u32, pages: u32) {
+    fn settle_home(&self, claim: &Claim<'_>, from: u32, pages: u32) {
         let map = self.gate.read();
         let block = map.block(claim.block);
         let mut inner = block.lock();
@@ -771,7 +793,7 @@ impl Engine<'_> {
     fn settle_page(
         &self,
         inner: &mut BlockInner,
-        claim: &Claim,
+        claim: &Claim<'_>,
         page: u32,
         place: Option<PageRange>,
     ) {
@@ -805,7 +827,7 @@ impl Engine<'_> {
     /// thread needs them, they are lost and say so.
     fn copy_home_failed(
         &self,
-        claim: &Claim,
+        claim: &Claim<'_>,
         from: u32,
         landing: Landing,
         error: DeviceError,
@@ -881,15 +903,11 @@ impl Engine<'_> {
     }
 }
 
-#[allow(
-    clippy::large_enum_variant,
-    reason = "lives on the stack for one step; the fault path allocates nothing"
-)]
-enum Claimed {
+enum Claimed<'a> {
     /// There is nothing to copy; the step says how far it looked.
     Nothing,
     Again,
-    Pages(Claim),
+    Pages(Claim<'a>),
 }
 
 const fn reason_of(error: DeviceError) -> StayReason {
@@ -903,28 +921,17 @@ const fn reason_of(error: DeviceError) -> StayReason {
 /// an error what was copied is undefined.
 pub(crate) fn run_transfers(
     device: &dyn hmm_hal::Device,
-    transfers: impl Iterator<Item = Transfer>,
+    mut transfers: impl Iterator<Item = Transfer>,
 ) -> Result<(), DeviceError> {
-    let mut batch: [Option<Transfer>; TRANSFERS] = [None; TRANSFERS];
-    let mut len = 0;
-    let flush = |batch: &[Option<Transfer>]| {
-        let Some(&Some(filler)) = batch.first() else {
-            return Ok(());
-        };
-        let mut plain = [filler; TRANSFERS];
-        for (slot, transfer) in plain.iter_mut().zip(batch.iter().flatten()) {
-            *slot = *transfer;
+    while let Some(first) = transfers.next() {
+        let mut batch = [first; TRANSFERS];
+        let mut len = 1;
+        for (slot, transfer) in batch[1..].iter_mut().zip(&mut transfers) {
+            *slot = transfer;
+            len += 1;
         }
-        let fence = device.submit(&plain[..batch.len()])?;
-        device.wait(fence)
-    };
-    for transfer in transfers {
-        if len == TRANSFERS {
-            flush(&batch[..len])?;
-            len = 0;
-        }
-        batch[len] = Some(transfer);
-        len += 1;
+        let fence = device.submit(&batch[..len])?;
+        device.wait(fence)?;
     }
-    flush(&batch[..len])
+    Ok(())
 }

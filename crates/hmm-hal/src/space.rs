@@ -235,6 +235,17 @@ pub trait AddressSpace: Sync {
     /// at `to` in a space. Wakes nobody.
     fn copy_pages(&self, space: SpaceId, from: VirtAddr, to: PageRange) -> Progress;
 
+    /// [`AddressSpace::copy_pages`], and wakes who waits for what was placed: one
+    /// call where the kernel does both. Whoever is woken may fault again before
+    /// the caller has let go of its locks.
+    fn copy_pages_and_wake(&self, space: SpaceId, from: VirtAddr, to: PageRange) -> Progress {
+        let progress = self.copy_pages(space, from, to);
+        if progress.done > PageCount::ZERO {
+            self.wake(space, to.slice(0, progress.done.get()));
+        }
+        progress
+    }
+
     /// Places zeroed pages. Wakes nobody.
     fn zero_pages(&self, space: SpaceId, range: PageRange) -> Progress;
 

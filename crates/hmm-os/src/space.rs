@@ -35,6 +35,9 @@ use crate::uffd::{
     FEATURES_WANTED, Reach, Side, Uffd,
 };
 
+/// How long anybody waits without looking for children that have exited.
+const CHILD_NAP_MS: u32 = 1000;
+
 /// The descriptors and the memory of an open space.
 #[derive(Debug)]
 struct Parts {
@@ -161,9 +164,12 @@ impl LinuxSpace {
         })
     }
 
-    /// Waits until something can be read, for `timeout_ms` at most. Takes no
-    /// lock: any number of threads may wait, and all of them wake.
-    pub fn wait(&self, timeout_ms: u32) -> Wakeup {
+    /// Waits until something can be read, for `timeout_ms` at most if one is
+    /// given: a timer costs each fault some hundred nanoseconds. Where children
+    /// are served, [`Wakeup::Events`] also says that one has exited, which the
+    /// kernel does not tell. Takes no lock: any number of threads may wait, and
+    /// all of them wake.
+    pub fn wait(&self, timeout_ms: Option<u32>) -> Wakeup {
         let parts = self.parts();
         let children = parts.children.poll_descriptor();
         let mut set = [
@@ -171,11 +177,13 @@ impl LinuxSpace {
             PollFd::new(children, PollFlags::IN),
             PollFd::new(&parts.nudge, PollFlags::IN),
         ];
-        let timeout = Timespec {
-            tv_sec: (timeout_ms / 1000).into(),
-            tv_nsec: (i64::from(timeout_ms) % 1000) * 1_000_000,
-        };
-        match poll(&mut set, Some(&timeout)) {
+        let timeout_ms =
+            timeout_ms.or_else(|| (parts.children.count() > 0).then_some(CHILD_NAP_MS));
+        let timeout = timeout_ms.map(|ms| Timespec {
+            tv_sec: (ms / 1000).into(),
+            tv_nsec: (i64::from(ms) % 1000) * 1_000_000,
+        });
+        match poll(&mut set, timeout.as_ref()) {
             Ok(0) | Err(_) => {
                 if parts.children.any_gone() {
                     Wakeup::Events
@@ -390,6 +398,8 @@ impl LinuxSpace {
                 // reader's table, for the reader to own.
                 let fd = unsafe { OwnedFd::from_raw_fd(number) };
                 let child = parts.children.add(fd, parts.uffd.features());
+                // Whoever waits without a timeout does not look for exits.
+                self.nudge();
                 Some(Event::Fork {
                     parent: space,
                     child,
@@ -600,6 +610,15 @@ impl AddressSpace for LinuxSpace {
         } else {
             self.on(space, copy)
         }
+    }
+
+    fn copy_pages_and_wake(&self, space: SpaceId, from: VirtAddr, to: PageRange) -> Progress {
+        if to.pages() < PageCount::from(PAGES_PER_BLOCK) {
+            return self.on(space, |uffd| uffd.copy_and_wake(from, to));
+        }
+        let progress = self.copy_pages(space, from, to);
+        self.wake(space, to);
+        progress
     }
 
     fn zero_pages(&self, space: SpaceId, range: PageRange) -> Progress {

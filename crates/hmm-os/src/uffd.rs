@@ -242,12 +242,21 @@ impl Uffd {
 
     /// Places copies of the pages at `from`. Wakes nobody.
     pub(crate) fn copy(&self, from: VirtAddr, to: PageRange) -> Progress {
+        self.copy_as(from, to, abi::COPY_MODE_DONTWAKE)
+    }
+
+    /// Places copies of the pages at `from`, and wakes who waits for them.
+    pub(crate) fn copy_and_wake(&self, from: VirtAddr, to: PageRange) -> Progress {
+        self.copy_as(from, to, 0)
+    }
+
+    fn copy_as(&self, from: VirtAddr, to: PageRange, mode: u64) -> Progress {
         let progress = advance(to.pages(), |first, pages| {
             let mut argument = abi::uffdio_copy {
                 dst: to.start().plus_pages(first).get(),
                 src: from.plus_pages(first).get(),
                 len: pages * PAGE_SIZE,
-                mode: abi::COPY_MODE_DONTWAKE,
+                mode,
                 copy: 0,
             };
             // SAFETY: only holes of a registered range are filled; the kernel

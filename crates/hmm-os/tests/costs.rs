@@ -57,7 +57,7 @@ fn costs() {
         assert_eq!(os.space.read_pages(area.range.slice(0, 64), to), done(64));
     });
     report("wait(0) with nothing there", || {
-        os.space.wait(0);
+        os.space.wait(Some(0));
     });
     let slots = os.space.staging().small.pages().get() / 512;
     let mut next = 1;

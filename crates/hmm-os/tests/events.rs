@@ -14,7 +14,7 @@ fn faults_say_who_wants_what() {
     let Some(os) = open() else { return };
     let area = Area::new(16, false);
     os.space.register(area.range).unwrap();
-    assert_eq!(os.space.wait(0), Wakeup::TimedOut);
+    assert_eq!(os.space.wait(Some(0)), Wakeup::TimedOut);
     thread::scope(|scope| {
         scope.spawn(|| area.set(3, 5));
         let events = os.next_events();
@@ -93,7 +93,7 @@ fn nothing_moves_while_an_event_waits() {
     let slot = os.small_slot(0);
     thread::scope(|scope| {
         let unmapping = scope.spawn(|| area.unmap(32, 8));
-        assert_eq!(os.space.wait(10_000), Wakeup::Events);
+        assert_eq!(os.space.wait(Some(10_000)), Wakeup::Events);
         assert!(!unmapping.is_finished());
         let moved = os.space.move_pages(area.range.slice(0, 8), slot.start());
         assert_eq!(moved, stopped(0, Stop::Again));
@@ -112,7 +112,7 @@ fn nothing_moves_while_an_event_waits() {
             done(8)
         );
         // Moving pages is not an event, on either side.
-        assert_eq!(os.space.wait(20), Wakeup::TimedOut);
+        assert_eq!(os.space.wait(Some(20)), Wakeup::TimedOut);
     });
     // The range now spans two mappings and a gap.
     let moved = os
@@ -149,7 +149,7 @@ fn dropped_and_moved_mappings_are_reported() {
             assert_eq!(result, target.ptr(8).cast());
         });
         let mut events = os.next_events();
-        while os.space.wait(50) == Wakeup::Events {
+        while os.space.wait(Some(50)) == Wakeup::Events {
             events.extend(os.next_events());
         }
         let remap = Event::Remap {
@@ -234,7 +234,7 @@ fn a_child_gets_its_pages() {
     let child = SpaceId::new(1);
     assert_eq!(os.next_events(), [Event::Exit { space: child }]);
     assert_eq!(
-        os.space.wait(50),
+        os.space.wait(Some(50)),
         Wakeup::TimedOut,
         "an exit is reported once"
     );
@@ -334,11 +334,11 @@ fn less_is_possible_without_privileges() {
 fn waiting_can_be_interrupted() {
     let Some(os) = open() else { return };
     thread::scope(|scope| {
-        let waiting = scope.spawn(|| os.space.wait(60_000));
+        let waiting = scope.spawn(|| os.space.wait(Some(60_000)));
         os.space.interrupt();
         assert_eq!(waiting.join().unwrap(), Wakeup::Interrupted);
     });
-    assert_eq!(os.space.wait(60_000), Wakeup::Interrupted);
+    assert_eq!(os.space.wait(Some(60_000)), Wakeup::Interrupted);
     os.space.resume();
-    assert_eq!(os.space.wait(1), Wakeup::TimedOut);
+    assert_eq!(os.space.wait(Some(1)), Wakeup::TimedOut);
 }

@@ -60,13 +60,13 @@ fn threads_have_name_cpu_mask_and_excluded_stack() {
         Some(libc::EINVAL)
     );
 
-    let stranger = std::panic::catch_unwind(|| space.wait(0));
+    let stranger = std::panic::catch_unwind(|| space.wait(Some(0)));
     assert!(
         stranger.is_err(),
         "another table's descriptors mean nothing here"
     );
     assert_eq!(
-        threads.run_on_root(|| space.wait(0)),
+        threads.run_on_root(|| space.wait(Some(0))),
         hmm_os::Wakeup::TimedOut
     );
 }
@@ -154,7 +154,7 @@ fn descriptors_are_out_of_the_programs_reach() {
     let stop: &'static AtomicBool = hmm_mem::leaked(AtomicBool::new(false));
     let server = threads.spawn("hmm-server", None, || {
         while !stop.load(Ordering::Acquire) {
-            space.wait(20);
+            space.wait(Some(20));
             while let Some(event) = space.read_event() {
                 if let Event::Fault {
                     space: id, address, ..

@@ -18,6 +18,8 @@ use crate::space::SimSpace;
 const DRAIN_PAGES: u64 = 24;
 /// Children get their turn once in so many turns of the handlers.
 const DRAIN_ONCE_IN: u64 = 4;
+/// Every so many turns, handlers take themselves for the only one.
+const ALONE_ONCE_IN: u64 = 2;
 /// Attempts to bring everything home, each of which may fail by chance.
 const HOME_ATTEMPTS: u32 = 200;
 
@@ -120,10 +122,12 @@ impl EngineUnderTest for CoreEngine {
     }
 
     fn work(&self) -> bool {
+        let turn = self.turns.fetch_add(1, Ordering::Relaxed);
         let free = self.handlers.free().len();
         let mut served = 0;
         for _ in 0..free {
             self.handlers.with(self, |handler| {
+                handler.set_alone(turn.is_multiple_of(ALONE_ONCE_IN));
                 while self.engine.serve(handler).is_some() {
                     served += 1;
                 }
@@ -134,7 +138,6 @@ impl EngineUnderTest for CoreEngine {
             self.handlers
                 .with(self, |handler| ahead = self.engine.read_ahead(handler));
         }
-        let turn = self.turns.fetch_add(1, Ordering::Relaxed);
         let owes = self.engine.owes_children();
         if owes && turn.is_multiple_of(DRAIN_ONCE_IN) {
             self.handlers.with(self, |handler| {

@@ -17,11 +17,10 @@ use hmm_types::PageCount;
 use crate::host::Host;
 use crate::jobs::{Outcome, Request};
 
-/// How long a handler sleeps without events before it looks whether to end.
-const HANDLER_NAP_MS: u32 = 1000;
 /// How long one sleeps that is not on duty.
 const HANDLER_REST: Duration = Duration::from_secs(1);
-/// The first while changes of mappings may still be under way.
+/// How long one sleeps while changes of mappings may still be under way;
+/// otherwise until there are events.
 const UNSETTLED_NAP_MS: u32 = 1;
 /// How long a worker sleeps without requests before it looks around.
 const WORKER_NAP: Duration = Duration::from_millis(500);
@@ -73,11 +72,7 @@ pub(crate) fn handle(host: &'static Host, bounce: &Pages, number: usize) {
         {
             host.rota.rest(number, HANDLER_REST);
         }
-        let nap = if host.engine.is_unsettled() {
-            UNSETTLED_NAP_MS
-        } else {
-            HANDLER_NAP_MS
-        };
+        let nap = host.engine.is_unsettled().then_some(UNSETTLED_NAP_MS);
         if !host.engine.is_ahead_planned() {
             match host.space.wait(nap) {
                 Wakeup::Events => {}
@@ -86,6 +81,7 @@ pub(crate) fn handle(host: &'static Host, bounce: &Pages, number: usize) {
             }
         }
         heartbeat.begin();
+        executor.set_alone(host.rota.is_alone(number));
         host.engine.pump(&mut executor);
         while let Some(thread) = host.engine.serve(&mut executor) {
             heartbeat.go_on();

@@ -48,6 +48,11 @@ impl Rota {
         on_duty == ALL || on_duty == number
     }
 
+    /// Whether this handler alone is on duty.
+    pub(crate) fn is_alone(&self, number: usize) -> bool {
+        self.on_duty.load(Ordering::Acquire) == number
+    }
+
     /// Sleeps until a handler may be on duty.
     pub(crate) fn rest(&self, number: usize, most: Duration) {
         let rest = self.rest.lock();

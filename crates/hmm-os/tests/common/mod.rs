@@ -76,7 +76,7 @@ impl Fixture {
     /// Waits for the next events and reads them.
     pub fn next_events(&self) -> Vec<Event> {
         for _ in 0..100 {
-            if self.space.wait(100) == Wakeup::Events {
+            if self.space.wait(Some(100)) == Wakeup::Events {
                 let events: Vec<_> = std::iter::from_fn(|| self.space.read_event()).collect();
                 if !events.is_empty() {
                     return events;
