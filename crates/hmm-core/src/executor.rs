@@ -127,6 +127,13 @@ impl Executor {
         PageRange::from_pages(self.bounce, PageCount::new(pages))
     }
 
+    /// Whether faults were read that are not served yet: whoever waits for events
+    /// meanwhile keeps their threads waiting.
+    #[must_use]
+    pub const fn has_faults(&self) -> bool {
+        self.queue.len > 0
+    }
+
     /// Whether another fault could be queued.
     pub(crate) const fn has_room(&self) -> bool {
         self.queue.len < FaultQueue::CAPACITY

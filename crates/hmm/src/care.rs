@@ -19,8 +19,15 @@ use crate::jobs::{Outcome, Request};
 
 /// How long one sleeps that is not on duty.
 const HANDLER_REST: Duration = Duration::from_secs(1);
-/// How long one sleeps while changes of mappings may still be under way;
-/// otherwise until there are events.
+/// How long a handler sleeps without events. Nothing depends on its looking again,
+/// and in test builds it does not: what was forgotten hangs there, and is found.
+/// Elsewhere that costs a second instead.
+const HANDLER_NAP_MS: Option<u32> = if cfg!(debug_assertions) {
+    None
+} else {
+    Some(1000)
+};
+/// The first while changes of mappings may still be under way.
 const UNSETTLED_NAP_MS: u32 = 1;
 /// How long a worker sleeps without requests before it looks around.
 const WORKER_NAP: Duration = Duration::from_millis(500);
@@ -66,14 +73,17 @@ pub(crate) fn handle(host: &'static Host, bounce: &Pages, number: usize) {
     let heartbeat = &host.heartbeats[number];
     let mut executor = Executor::handler(bounce.range().start()).relieved_by(host);
     loop {
-        while !(host.rota.is_on_duty(number)
-            || host.engine.is_ahead_planned()
-            || host.is_stopping())
-        {
+        // Reading ahead may have meant to read faults, which nobody else can serve.
+        let has_work = || executor.has_faults() || host.engine.is_ahead_planned();
+        while !(host.rota.is_on_duty(number) || has_work() || host.is_stopping()) {
             host.rota.rest(number, HANDLER_REST);
         }
-        let nap = host.engine.is_unsettled().then_some(UNSETTLED_NAP_MS);
-        if !host.engine.is_ahead_planned() {
+        let nap = if host.engine.is_unsettled() {
+            Some(UNSETTLED_NAP_MS)
+        } else {
+            HANDLER_NAP_MS
+        };
+        if !has_work() {
             match host.space.wait(nap) {
                 Wakeup::Events => {}
                 Wakeup::Interrupted | Wakeup::TimedOut if host.is_stopping() => return,
