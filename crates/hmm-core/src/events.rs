@@ -202,16 +202,8 @@ impl Engine<'_> {
                     self.staging.lock().put_used(page, self.reuses_pages());
                     inner.set(index, state);
                 }
-                PageState::Dropping { device, frame } if state == PageState::Discarded => {
-                    let parked = inner.entry(index).parked();
-                    let doomed = inner.entry(index).doomed();
-                    inner.set(index, PageState::Dropped { device, frame });
-                    if parked {
-                        inner.park(index);
-                    }
-                    if doomed {
-                        inner.doom(index);
-                    }
+                PageState::Dropping { .. } if state == PageState::Discarded => {
+                    inner.note_dropped(index);
                 }
                 PageState::Copying
                 | PageState::Dropping { .. }

@@ -16,7 +16,7 @@
 
 use std::sync::atomic::Ordering::Relaxed;
 
-use hmm_hal::{DeviceError, Presence, Stop, Transfer};
+use hmm_hal::{DeviceError, Dropped, Presence, Stop, Transfer};
 use hmm_types::{
     DeviceId, FrameRange, PAGES_PER_BLOCK, PageCount, PageRange, StayReason, VirtAddr,
 };
@@ -301,8 +301,10 @@ impl Engine<'_> {
                 return Err(offset);
             }
             hmm_sync::assert_none_held();
-            if self.space.discard(place).is_err() {
-                return Err(offset);
+            match self.space.discard(place) {
+                Ok(Dropped::Reported) => {}
+                Ok(Dropped::Unreported) => self.note_dropped(flight, offset, pages),
+                Err(_) => return Err(offset),
             }
             offset += pages;
         }
@@ -311,6 +313,14 @@ impl Engine<'_> {
         } else {
             Err(flight.pages)
         }
+    }
+
+    /// What an event would have said about pages that were dropped without one.
+    fn note_dropped(&self, flight: &Flight, offset: u32, pages: u32) {
+        let map = self.gate.read();
+        let mut inner = map.block(flight.block).lock();
+        let first = flight.first + offset;
+        (first..first + pages).for_each(|index| inner.note_dropped(index));
     }
 
     /// The drop goes by address: who has mapped something else there is to have been

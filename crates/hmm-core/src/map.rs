@@ -127,6 +127,21 @@ impl BlockInner {
         self.away += u32::from(state.is_away());
     }
 
+    /// The drop that a page waits for has happened; its marks stay.
+    pub(crate) fn note_dropped(&mut self, index: u32) {
+        let entry = self.entry(index);
+        let PageState::Dropping { device, frame } = entry.state() else {
+            return;
+        };
+        self.set(index, PageState::Dropped { device, frame });
+        if entry.parked() {
+            self.park(index);
+        }
+        if entry.doomed() {
+            self.doom(index);
+        }
+    }
+
     /// Notes that a CPU thread waits for a page in flight.
     pub(crate) fn park(&mut self, index: u32) {
         debug_assert!(self.state(index).in_flight());

@@ -176,6 +176,7 @@ impl Engine<'_> {
         match mapping.kind {
             MemoryKind::PrivateAnonymous => {}
             MemoryKind::File => return Some(StayReason::FileBacked),
+            MemoryKind::Shared if mapping.shared_region => {}
             MemoryKind::Shared => return Some(StayReason::Shared),
             MemoryKind::HugeTlb if mapping.huge_pages => {}
             MemoryKind::HugeTlb => return Some(StayReason::HugeTlb),
@@ -280,7 +281,7 @@ impl Engine<'_> {
         keep: PageRange,
         report: &mut MigrationReport,
     ) {
-        if self.space.may_have_freed_pages() {
+        if !target.by_copy && self.space.may_have_freed_pages() {
             self.keep_freed_pages(span);
         }
         let huge = self.is_huge(span);
@@ -297,7 +298,12 @@ impl Engine<'_> {
                     return;
                 }
             };
-            let mut passed = self.step_to_device(executor, rest, target, huge);
+            let mut passed = if target.by_copy {
+                self.passes_over(rest, target.device)
+                    .unwrap_or(Passed::new(rest.pages().get(), Fate::CopyInstead))
+            } else {
+                self.step_to_device(executor, rest, target, huge)
+            };
             if let Fate::CopyInstead = passed.fate {
                 let alike = self.in_one_mapping(rest);
                 passed = match self.space.explain_refusal(alike.slice(0, 1)) {
@@ -420,6 +426,7 @@ impl Engine<'_> {
             next = mapping.range.end();
             let reason = Self::immovable(mapping)
                 .or(mapping.huge_pages.then_some(StayReason::HugeTlb))
+                .or(mapping.shared_region.then_some(StayReason::Shared))
                 .or((!mapping.permissions.write).then_some(StayReason::NoAccess))
                 .or_else(|| self.watch_mapping(executor, mapping));
             if let Some(reason) = reason {

@@ -98,6 +98,8 @@ pub(crate) struct Target {
     pub(crate) device: DeviceId,
     /// Whether the mapping lets the device write.
     pub(crate) access: Access,
+    /// Whether pages of the mapping can be moved at all.
+    pub(crate) by_copy: bool,
 }
 
 impl Target {
@@ -109,6 +111,7 @@ impl Target {
             } else {
                 Access::Read
             },
+            by_copy: mapping.shared_region,
         }
     }
 }

@@ -141,6 +141,7 @@ impl Engine<'_> {
         let same = mappings.iter().all(|now| {
             now.kind == judged.kind
                 && now.huge_pages == judged.huge_pages
+                && now.shared_region == judged.shared_region
                 && now.whole == first.whole
                 && Self::immovable(now).is_none()
         });

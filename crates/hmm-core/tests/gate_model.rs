@@ -11,8 +11,9 @@
 
 use hmm_core::{Destination, Engine, Executor, Settings};
 use hmm_hal::{
-    AddressSpace, Capabilities, Clock, Device, DeviceError, DeviceInfo, Event, FaultKind, Fence,
-    Mapping, Presence, Progress, RegisterError, SpaceError, SpaceId, StagingLayout, Stop, Transfer,
+    AddressSpace, Capabilities, Clock, Device, DeviceError, DeviceInfo, Dropped, Event, FaultKind,
+    Fence, Mapping, Presence, Progress, RegisterError, SpaceError, SpaceId, StagingLayout, Stop,
+    Transfer,
 };
 use hmm_types::{
     Access, ByteCount, FrameId, FrameRange, MemoryKind, PageCount, PageRange, Permissions,
@@ -134,6 +135,7 @@ impl AddressSpace for Space {
         {
             visit(Mapping {
                 huge_pages: false,
+                shared_region: false,
                 range,
                 whole: app(),
                 kind: MemoryKind::PrivateAnonymous,
@@ -262,7 +264,7 @@ impl AddressSpace for Space {
         unreachable!("pages are moved here")
     }
 
-    fn discard(&self, _: PageRange) -> Result<(), SpaceError> {
+    fn discard(&self, _: PageRange) -> Result<Dropped, SpaceError> {
         unreachable!("staging is never full here")
     }
 

@@ -18,8 +18,8 @@ pub use device::{
 };
 pub use event::{Event, FaultKind, SpaceId};
 pub use space::{
-    AddressSpace, Capabilities, CpuPage, Mapping, Presence, Progress, RegisterError, SpaceError,
-    StagingLayout, Stop,
+    AddressSpace, Capabilities, CpuPage, Dropped, Mapping, Presence, Progress, RegisterError,
+    SpaceError, StagingLayout, Stop,
 };
 
 /// A clock that never goes backwards.

@@ -49,6 +49,10 @@ pub struct Mapping {
     /// Memory of hugetlbfs that only this process has, in pages of 2 MiB that can
     /// be write-protected, dropped and put back as a whole.
     pub huge_pages: bool,
+    /// Memory that processes share through the library, so that the engine reaches
+    /// every mapping of it: it can be write-protected, dropped and put back in all
+    /// of them, but not moved.
+    pub shared_region: bool,
     /// What it allows now.
     pub permissions: Permissions,
     /// Whether it is memory of the engine itself, or a loaded program's.
@@ -140,6 +144,15 @@ pub struct SpaceError {
     pub operation: &'static str,
     /// The kernel's error number.
     pub errno: i32,
+}
+
+/// How pages were dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dropped {
+    /// As the program drops some: with an event.
+    Reported,
+    /// Without one.
+    Unreported,
 }
 
 /// The process's memory, as the engine works on it.
@@ -271,13 +284,13 @@ pub trait AddressSpace: Sync {
     /// that reads events.
     fn read_pages(&self, from: PageRange, to: VirtAddr) -> Progress;
 
-    /// Drops the pages of a range. Reports its own [`crate::Event::Remove`] and
-    /// waits until that is read: call it without any lock, and never on a
-    /// thread that reads events.
+    /// Drops the pages of a range, which lies in one mapping. Reports its own
+    /// [`crate::Event::Remove`] and waits until that is read, or says that it has
+    /// not: call it without any lock, and never on a thread that reads events.
     ///
     /// # Errors
     /// When the kernel refuses.
-    fn discard(&self, range: PageRange) -> Result<(), SpaceError>;
+    fn discard(&self, range: PageRange) -> Result<Dropped, SpaceError>;
 
     /// Gives the process its own copy of pages that it shares copy-on-write.
     /// May fault: call it without any lock, and never on a thread that reads

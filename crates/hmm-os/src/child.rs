@@ -8,7 +8,6 @@ use hmm_hal::SpaceId;
 use hmm_sync::{Rank, RwLock};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
-use rustix::io::Result;
 
 use crate::abi::uffd_msg;
 use crate::fatal::fail;
@@ -46,7 +45,7 @@ pub(crate) struct Children {
 }
 
 impl Children {
-    pub(crate) fn new() -> Result<Self> {
+    pub(crate) fn new() -> rustix::io::Result<Self> {
         let mut slots = hmm_mem::vec_with_capacity(MAX_CHILDREN);
         slots.resize_with(MAX_CHILDREN, || None);
         let poll = epoll::create(CreateFlags::CLOEXEC)?;
@@ -132,7 +131,11 @@ impl Children {
 
     /// What `look` finds first in the children that have messages, of which it
     /// looks at PROBES at most; the others' turn comes at the next call.
-    pub(crate) fn find_ready<R>(&self, mut look: impl FnMut(SpaceId) -> Option<R>) -> Option<R> {
+    /// What is no child's is told by its key.
+    pub(crate) fn find_ready<R>(
+        &self,
+        mut look: impl FnMut(Result<SpaceId, u64>) -> Option<R>,
+    ) -> Option<R> {
         let mut events = [MaybeUninit::<epoll::Event>::uninit(); PROBES];
         let now = Timespec {
             tv_sec: 0,
@@ -142,8 +145,9 @@ impl Children {
         ready
             .iter()
             .find_map(|event| match u16::try_from(event.data.u64()) {
-                Ok(number) if u64::from(number) != INTERRUPT => look(SpaceId::new(number)),
-                _ => None,
+                Ok(number) if u64::from(number) == INTERRUPT => None,
+                Ok(number) => look(Ok(SpaceId::new(number))),
+                Err(_) => look(Err(event.data.u64())),
             })
     }
 

@@ -6,8 +6,8 @@ use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use hmm_hal::{
-    AddressSpace, Capabilities, CpuPage, Event, Mapping, Presence, Progress, RegisterError,
-    SpaceError, SpaceId, StagingLayout, Stop,
+    AddressSpace, Capabilities, CpuPage, Dropped, Event, Mapping, Presence, Progress,
+    RegisterError, SpaceError, SpaceId, StagingLayout, Stop,
 };
 use hmm_sync::assert_none_held;
 use hmm_types::{MemoryKind, PAGES_PER_BLOCK, PageCount, PageRange, StayReason, VirtAddr};
@@ -26,13 +26,14 @@ use crate::pagemap::Pagemap;
 use crate::peek;
 use crate::refusal;
 use crate::region::Region;
+use crate::shared::{Regions, peer_key};
 use crate::staging::Staging;
 use crate::text::Lines;
 use crate::thread::table;
 use crate::thread_memory::ThreadMemory;
 use crate::uffd::{
     FEATURE_FORK, FEATURE_MOVE, FEATURE_POISON, FEATURE_WP, FEATURES_HUGETLB, FEATURES_NEEDED,
-    FEATURES_WANTED, Reach, Side, Uffd,
+    FEATURES_SHARED, FEATURES_WANTED, Reach, Side, Uffd,
 };
 
 /// How long anybody waits without looking for children that have exited.
@@ -44,6 +45,7 @@ struct Parts {
     uffd: Uffd,
     nudge: OwnedFd,
     children: Children,
+    regions: Regions,
     map: Map,
     pagemap: Pagemap,
     staging: Staging,
@@ -147,6 +149,7 @@ impl LinuxSpace {
                 uffd,
                 nudge,
                 children,
+                regions: Regions::new(),
                 map,
                 pagemap,
                 staging,
@@ -222,6 +225,18 @@ impl LinuxSpace {
         let descriptor = self.parts().children.interrupt_descriptor();
         let _ = rustix::io::read(descriptor, &mut [0u8; 8]);
         self.interrupted.store(false, Ordering::Release);
+    }
+
+    /// Whether the kernel can watch shared memory, so that it can migrate.
+    pub fn can_share(&self) -> bool {
+        let needed = FEATURES_SHARED | FEATURE_WP;
+        self.parts().uffd.features() & needed == needed
+    }
+
+    /// The regions, and the set of descriptors to wait for.
+    pub(crate) fn regions(&self) -> (&Regions, &OwnedFd) {
+        let parts = self.parts();
+        (&parts.regions, parts.children.poll_descriptor())
     }
 
     /// Whether this is the process that opened the space; false in its forked
@@ -316,6 +331,16 @@ impl LinuxSpace {
         }
     }
 
+    /// Pages of shared memory were placed in the owner's mapping, and so for all.
+    fn placed(&self, space: SpaceId, to: PageRange, progress: Progress) -> Progress {
+        if space == SpaceId::OWN && progress.done > PageCount::ZERO {
+            self.parts()
+                .regions
+                .placed(to.slice(0, progress.done.get()));
+        }
+        progress
+    }
+
     /// Places a huge page of hugetlbfs. The kernel says "exists" also when its pool
     /// is empty.
     fn place_huge(
@@ -392,7 +417,16 @@ impl LinuxSpace {
         };
         self.messages.fetch_add(1, Ordering::Relaxed);
         match translate(space, messages.first()?)? {
-            Message::Event(event) => Some(event),
+            // Shared memory keeps its pages when a mapping drops them.
+            Message::Event(Event::Remove { range, .. })
+                if space == SpaceId::OWN && parts.regions.has(range) =>
+            {
+                None
+            }
+            Message::Event(event) => {
+                parts.regions.changed(&event);
+                Some(event)
+            }
             Message::Fork(number) => {
                 // SAFETY: the kernel has just put this descriptor into the
                 // reader's table, for the reader to own.
@@ -408,13 +442,20 @@ impl LinuxSpace {
         }
     }
 
-    /// An event of one of the children.
+    /// An event of one of the children, or of a peer.
     fn read_child(&self) -> Option<Event> {
-        let children = &self.parts().children;
-        if children.count() == 0 {
+        let parts = self.parts();
+        let children = &parts.children;
+        if children.count() == 0 && parts.regions.peers() == 0 {
             return None;
         }
-        let message = children.find_ready(|space| self.read_space(space));
+        let message = children.find_ready(|ready| match ready {
+            Ok(space) => self.read_space(space),
+            Err(key) => {
+                let (region, peer) = peer_key(key)?;
+                parts.regions.read(region, peer)
+            }
+        });
         message.or_else(|| {
             let space = children.take_gone()?;
             Some(Event::Exit { space })
@@ -487,6 +528,7 @@ impl AddressSpace for LinuxSpace {
                     },
                     kind: vma.kind,
                     huge_pages,
+                    shared_region: parts.regions.has(part),
                     permissions: vma.permissions,
                     engine_owned,
                     thread_memory,
@@ -502,7 +544,11 @@ impl AddressSpace for LinuxSpace {
         range: PageRange,
         visit: &mut dyn FnMut(PageRange, Presence),
     ) -> Result<(), SpaceError> {
-        let result = self.parts().pagemap.visit(range, visit);
+        let parts = self.parts();
+        let result = match parts.regions.visit(range, visit) {
+            Some(result) => result,
+            None => parts.pagemap.visit(range, visit),
+        };
         result.map_err(|error| failed("reading the page map", error))
     }
 
@@ -537,6 +583,9 @@ impl AddressSpace for LinuxSpace {
     }
 
     fn explain_refusal(&self, page: PageRange) -> Option<StayReason> {
+        if self.parts().regions.has(page) {
+            return None;
+        }
         refusal::explain(&self.parts().map, page)
     }
 
@@ -548,7 +597,8 @@ impl AddressSpace for LinuxSpace {
         let mut next = range.start();
         let result = parts.map.visit(range, &mut |vma| {
             let gapless = vma.range.start() <= next;
-            let movable = matches!(vma.kind, MemoryKind::PrivateAnonymous | MemoryKind::HugeTlb);
+            let movable = matches!(vma.kind, MemoryKind::PrivateAnonymous | MemoryKind::HugeTlb)
+                || parts.regions.has(vma.range);
             suitable = gapless && movable && (suitable || next == range.start());
             next = if suitable {
                 vma.range.end()
@@ -605,16 +655,18 @@ impl AddressSpace for LinuxSpace {
     fn copy_pages(&self, space: SpaceId, from: VirtAddr, to: PageRange) -> Progress {
         let copy = |uffd: &Uffd| uffd.copy(from, to);
         let whole = to.pages() == PageCount::from(PAGES_PER_BLOCK);
-        if whole && self.is_hugetlb(space, to) {
+        let progress = if whole && self.is_hugetlb(space, to) {
             self.place_huge(space, to, copy)
         } else {
             self.on(space, copy)
-        }
+        };
+        self.placed(space, to, progress)
     }
 
     fn copy_pages_and_wake(&self, space: SpaceId, from: VirtAddr, to: PageRange) -> Progress {
         if to.pages() < PageCount::from(PAGES_PER_BLOCK) {
-            return self.on(space, |uffd| uffd.copy_and_wake(from, to));
+            let progress = self.on(space, |uffd| uffd.copy_and_wake(from, to));
+            return self.placed(space, to, progress);
         }
         let progress = self.copy_pages(space, from, to);
         self.wake(space, to);
@@ -634,17 +686,18 @@ impl AddressSpace for LinuxSpace {
                 ..filled
             };
         }
-        filled
+        self.placed(space, range, filled)
     }
 
     fn poison_pages(&self, space: SpaceId, range: PageRange) -> Progress {
-        let poisoned = self.on_pages(space, range, Uffd::poison, Uffd::poison);
-        if poisoned.stop == Some(Stop::Exists) && self.is_hugetlb(space, range) {
-            // A protection that was left behind is in the way.
-            return self.on(space, |uffd| match uffd.write_protect(range, false) {
-                Progress { stop: None, .. } => uffd.poison(range),
-                refused => refused,
-            });
+        let mut poisoned = self.on_pages(space, range, Uffd::poison, Uffd::poison);
+        let regions = &self.parts().regions;
+        let shared = space == SpaceId::OWN && regions.has(range);
+        if poisoned.stop == Some(Stop::Exists) && (shared || self.is_hugetlb(space, range)) {
+            poisoned = self.on(space, |uffd| uffd.poison_protected(range));
+        }
+        if shared && poisoned.stop.is_none() {
+            regions.poison(range);
         }
         poisoned
     }
@@ -653,6 +706,7 @@ impl AddressSpace for LinuxSpace {
         let parts = self.parts();
         if space == SpaceId::OWN {
             parts.uffd.wake(range);
+            parts.regions.wake(range);
         } else {
             let _ = parts.children.with(space, |uffd| uffd.wake(range));
         }
@@ -663,7 +717,11 @@ impl AddressSpace for LinuxSpace {
             return stopped(Stop::Incompatible);
         }
         let call = |uffd: &Uffd, range| uffd.write_protect(range, on);
-        self.on_pages(SpaceId::OWN, range, call, call)
+        let progress = self.on_pages(SpaceId::OWN, range, call, call);
+        match self.parts().regions.write_protect(range, on) {
+            Some(stop) if progress.stop.is_none() => stopped(stop),
+            _ => progress,
+        }
     }
 
     fn allow_writes(&self, space: SpaceId, range: PageRange) -> Progress {
@@ -676,13 +734,17 @@ impl AddressSpace for LinuxSpace {
         peek::read(self.pid, from, to)
     }
 
-    fn discard(&self, range: PageRange) -> Result<(), SpaceError> {
+    fn discard(&self, range: PageRange) -> Result<Dropped, SpaceError> {
         assert_none_held();
+        if let Some(punched) = self.parts().regions.punch(range) {
+            return punched.map(|()| Dropped::Unreported);
+        }
         advise(
             range,
             Advice::LinuxDontNeed,
             "dropping pages with madvise(MADV_DONTNEED)",
         )
+        .map(|()| Dropped::Reported)
     }
 
     fn unshare(&self, range: PageRange) -> Result<(), SpaceError> {

@@ -59,6 +59,9 @@ pub(crate) const FEATURE_FORK: u64 = raw::UFFD_FEATURE_EVENT_FORK as u64;
 /// hugetlbfs: pages can be missed and write-protected.
 pub(crate) const FEATURES_HUGETLB: u64 =
     raw::UFFD_FEATURE_MISSING_HUGETLBFS as u64 | raw::UFFD_FEATURE_WP_HUGETLBFS_SHMEM as u64;
+/// Shared memory: pages can be missed and write-protected.
+pub(crate) const FEATURES_SHARED: u64 =
+    raw::UFFD_FEATURE_MISSING_SHMEM as u64 | raw::UFFD_FEATURE_WP_HUGETLBFS_SHMEM as u64;
 pub(crate) const FEATURE_MOVE: u64 = raw::UFFD_FEATURE_MOVE as u64;
 pub(crate) const FEATURE_POISON: u64 = raw::UFFD_FEATURE_POISON as u64;
 /// Without these a mapping could change unseen, and data be lost.
@@ -70,6 +73,7 @@ pub(crate) const FEATURES_WANTED: u64 = FEATURES_NEEDED
     | FEATURE_FORK
     | FEATURE_MOVE
     | FEATURES_HUGETLB
+    | FEATURES_SHARED
     | FEATURE_POISON
     | raw::UFFD_FEATURE_THREAD_ID as u64;
 
@@ -298,6 +302,15 @@ impl Uffd {
         });
         self.wake_after(progress, range.start());
         progress
+    }
+
+    /// The same where a protection may have been left behind, which the kernel takes
+    /// for a page.
+    pub(crate) fn poison_protected(&self, range: PageRange) -> Progress {
+        match self.write_protect(range, false) {
+            Progress { stop: None, .. } => self.poison(range),
+            refused => refused,
+        }
     }
 
     /// Stops or allows writes. The call tells no progress, but doing it twice

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use hmm_hal::{
-    AddressSpace, Capabilities, Event, Mapping, Presence, Progress, RegisterError, SpaceError,
-    SpaceId, StagingLayout, Stop,
+    AddressSpace, Capabilities, Dropped, Event, Mapping, Presence, Progress, RegisterError,
+    SpaceError, SpaceId, StagingLayout, Stop,
 };
 use hmm_sync::{Mutex, MutexGuard, Rank};
 use hmm_types::{
@@ -302,6 +302,7 @@ impl AddressSpace for SimSpace {
         for (vma, whole) in vmas {
             visit(Mapping {
                 huge_pages: false,
+                shared_region: false,
                 range: vma.range,
                 whole,
                 kind: vma.kind,
@@ -461,7 +462,7 @@ impl AddressSpace for SimSpace {
         }
     }
 
-    fn discard(&self, range: PageRange) -> Result<(), SpaceError> {
+    fn discard(&self, range: PageRange) -> Result<Dropped, SpaceError> {
         let refuses = |errno| SpaceError {
             operation: "madvise(MADV_DONTNEED)",
             errno,
@@ -509,7 +510,7 @@ impl AddressSpace for SimSpace {
             return Err(refuses(EINVAL));
         }
         if all_there {
-            Ok(())
+            Ok(Dropped::Reported)
         } else {
             Err(refuses(ENOMEM))
         }

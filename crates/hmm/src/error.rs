@@ -63,6 +63,17 @@ pub enum Error {
     /// The engine has no memory for its tables.
     #[error("the engine's own memory is exhausted; see `ulimit -v`")]
     EngineMemory,
+    /// Memory could not be shared.
+    #[error(
+        "cannot share memory at {path}: {source}; the path must be free, its folder writable, and \
+         the kernel Linux 5.19 or later"
+    )]
+    Share {
+        /// Where it was to be attached.
+        path: std::path::PathBuf,
+        /// What went wrong.
+        source: std::io::Error,
+    },
     /// The range does not allow the access.
     #[error(transparent)]
     Access(#[from] hmm_hal::DeviceFaultError),

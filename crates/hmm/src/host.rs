@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use hmm_core::{Destination, Engine, MirrorEntry, Relief, StatsSnapshot};
 use hmm_hal::Device;
 use hmm_mem::Pages;
-use hmm_os::{EngineThread, EngineThreads, LinuxSpace, MonotonicClock};
+use hmm_os::{EngineThread, EngineThreads, LinuxSpace, MonotonicClock, Sharing};
 use hmm_soft::SoftDevice;
 use hmm_sync::{Condvar, Mutex, Rank};
 use hmm_types::{Access, ByteCount, DeviceId, MAX_DEVICES, PageCount, PageRange, PageResidency};
@@ -38,6 +38,8 @@ pub(crate) struct Host {
     devices: [OnceLock<&'static dyn Device>; MAX_DEVICES],
     /// To be closed at the end: their workers are engine threads.
     software: Mutex<hmm_mem::Vec<&'static SoftDevice>>,
+    /// Regions that other processes can attach.
+    sharing: Mutex<hmm_mem::Vec<Sharing>>,
     stopping: AtomicBool,
     /// Threads to join at the end; and what the watch sleeps on.
     running: Mutex<hmm_mem::Vec<EngineThread>>,
@@ -159,6 +161,37 @@ impl Host {
         self.software.lock().push(device);
     }
 
+    pub(crate) fn keep_sharing(&self, sharing: Sharing) {
+        self.sharing.lock().push(sharing);
+    }
+
+    /// Brings a shared region home and sends its peers away. False when that cannot
+    /// be; then it stays shared.
+    pub(crate) fn end_sharing(&'static self, window: PageRange) -> bool {
+        let home = Request::Migrate {
+            range: window,
+            whole: window,
+            to: Destination::System,
+        };
+        let is_shared = |sharing: &Sharing| sharing.window() == window;
+        if !self.sharing.lock().iter().any(is_shared) {
+            return true; // the engine has ended, with everything at home
+        }
+        match self.ask(home) {
+            Ok(Outcome::Report(report)) if report.stayed.is_empty() => {}
+            _ => return false,
+        }
+        let found = {
+            let mut all = self.sharing.lock();
+            let at = all.iter().position(is_shared);
+            at.map(|at| all.swap_remove(at))
+        };
+        if let Some(sharing) = found {
+            self.threads.run_on_root(move || sharing.end(self.space));
+        }
+        true
+    }
+
     fn keep(&self, thread: EngineThread) {
         self.running.lock().push(thread);
     }
@@ -171,6 +204,11 @@ impl Host {
             self.stopping.store(true, Ordering::Release);
         }
         self.wake.notify_all();
+        let mut shared = hmm_mem::vec();
+        std::mem::swap(&mut shared, &mut *self.sharing.lock());
+        for sharing in shared {
+            self.threads.run_on_root(|| sharing.end(self.space));
+        }
         let mut software = hmm_mem::vec();
         std::mem::swap(&mut software, &mut *self.software.lock());
         for device in software {
@@ -248,6 +286,7 @@ impl Hmm {
             workers: builder.workers,
             devices: [const { OnceLock::new() }; MAX_DEVICES],
             software: Mutex::new(Rank::Control, hmm_mem::vec()),
+            sharing: Mutex::new(Rank::Control, hmm_mem::vec()),
             stopping: AtomicBool::new(false),
             running: Mutex::new(Rank::Control, hmm_mem::vec()),
             naps: Mutex::new(Rank::Queue, ()),
@@ -280,6 +319,46 @@ impl Hmm {
             return Err(Error::Forked);
         }
         SoftwareDevice::open(self.host(), options)
+    }
+
+    /// Makes memory that other processes can [`attach`](crate::attach) at `path`, and
+    /// that migrates for all of them; `size` is rounded up to whole pages. It begins
+    /// as zeros. At `path` a socket is made that only this user can use.
+    ///
+    /// # Errors
+    /// [`Error::Share`]: the path is taken or cannot be made, there is no memory, or
+    /// the kernel is older than Linux 5.19. Then nothing was changed.
+    ///
+    /// ```
+    /// use hmm::{ByteCount, Hmm, SoftwareOptions};
+    ///
+    /// let path = std::env::temp_dir().join(format!("frames-{}", std::process::id()));
+    /// let hmm = Hmm::open()?;
+    /// let device = hmm.add_software_device(SoftwareOptions::new(ByteCount::mib(4)))?;
+    /// # if !hmm.can_share() { println!("skipped: no WP_HUGETLBFS_SHMEM"); return Ok(()) }
+    /// let region = hmm.share(ByteCount::mib(1), &path)?;
+    /// hmm.migrate(&region, device.id())?; // out of every process that has it
+    /// # assert!(hmm.residency(&region)?.to_string().len() > 0);
+    /// drop(region); // home again
+    /// hmm.shutdown()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn share(
+        &self,
+        size: ByteCount,
+        path: impl AsRef<std::path::Path>,
+    ) -> Result<crate::SharedRegion, Error> {
+        if !self.host().is_own_process() {
+            return Err(Error::Forked);
+        }
+        crate::SharedRegion::open(self.host(), size, path.as_ref())
+    }
+
+    /// Whether [`Hmm::share`] works here: Linux 5.19 or later.
+    #[must_use]
+    pub fn can_share(&self) -> bool {
+        let host = self.host();
+        host.threads.run_on_root(|| host.space.can_share())
     }
 
     /// Moves memory to a device, and waits until it is there. Each page moves

@@ -66,6 +66,7 @@ mod memory;
 mod report;
 mod residency;
 mod rota;
+mod shared;
 
 pub use builder::Builder;
 pub use device::{SoftwareDevice, SoftwareOptions};
@@ -75,10 +76,13 @@ pub use jobs::Prefetch;
 pub use memory::Memory;
 pub use report::{Report, StayedRange};
 pub use residency::Residency;
+pub use shared::{AttachedRegion, SharedRegion, attach};
 
 pub use hmm_core::{Destination, MirrorEntry, NotifierId, Sequence, Settings, StatsSnapshot};
 pub use hmm_hal::{DeviceFaultError, Reach};
-pub use hmm_os::{Disable, Finding, Machine, MappedMemory, is_engine_thread, memory_of};
+pub use hmm_os::{
+    AttachError, Disable, Finding, Machine, MappedMemory, is_engine_thread, memory_of,
+};
 pub use hmm_soft::{
     AtomicWord, Context, FailAt, Injector, KernelError, LaunchError, LaunchReport, LossMode, Plain,
     Pointer, SoftStats,

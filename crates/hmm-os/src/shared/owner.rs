@@ -1,0 +1,541 @@
+//! The owner's side: regions, and the peers that map them.
+
+use std::fs;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::ptr;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use hmm_hal::{Event, Presence, Progress, SpaceError, SpaceId, Stop};
+use hmm_sync::{Rank, RwLock};
+use hmm_types::{PAGE_SIZE, PageCount, PageRange, VirtAddr};
+use rustix::event::epoll::{self, EventData, EventFlags};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{
+    FallocateFlags, MemfdFlags, SealFlags, SeekFrom, fallocate, fcntl_add_seals, ftruncate,
+    memfd_create, seek,
+};
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
+use rustix::net::{Shutdown, shutdown};
+
+use super::wire;
+use crate::message::{Message, translate};
+use crate::space::LinuxSpace;
+use crate::thread::EngineThread;
+use crate::threads::EngineThreads;
+use crate::uffd::Uffd;
+
+/// Regions that a process can own at a time.
+const MAX_REGIONS: usize = 64;
+/// Peers that a region can have.
+const MAX_PEERS: usize = 64;
+/// How long a peer may take to introduce itself.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Keys of peers in the set of descriptors to wait for are from here on; below are
+/// children's.
+const PEER_KEYS: u64 = 1 << 32;
+
+/// The key of a peer in the set of descriptors to wait for, if it is one.
+pub(crate) fn peer_key(key: u64) -> Option<(usize, usize)> {
+    let number = usize::try_from(key.checked_sub(PEER_KEYS)?).ok()?;
+    Some((number / MAX_PEERS, number % MAX_PEERS))
+}
+
+#[derive(Debug)]
+struct Peer {
+    uffd: Uffd,
+    /// Where it has the region.
+    start: VirtAddr,
+}
+
+#[derive(Debug)]
+struct Region {
+    file: OwnedFd,
+    /// Where the owner has it.
+    window: PageRange,
+    /// Pages that are write-protected, one bit each: whoever comes now must not
+    /// write to them either.
+    protected: hmm_mem::Vec<AtomicU64>,
+    peers: [Option<Peer>; MAX_PEERS],
+    /// The owner has unmapped its mapping, or moved it: what was away is lost.
+    lost: bool,
+}
+
+impl Region {
+    fn offset(&self, page: VirtAddr) -> u64 {
+        page.pages_since(self.window.start()) * PAGE_SIZE
+    }
+
+    /// A part of the window as a peer has it.
+    fn of_peer(&self, peer: &Peer, part: PageRange) -> PageRange {
+        let first = part.start().pages_since(self.window.start());
+        PageRange::from_pages(peer.start.plus_pages(first), part.pages())
+    }
+
+    fn peers(&self) -> impl Iterator<Item = &Peer> {
+        self.peers.iter().flatten()
+    }
+
+    fn note_protected(&self, part: PageRange, on: bool) {
+        for page in part.iter_pages() {
+            let index = PageCount::new(page.pages_since(self.window.start())).index();
+            let bit = 1 << (index % 64);
+            if on {
+                self.protected[index / 64].fetch_or(bit, Ordering::Relaxed);
+            } else {
+                self.protected[index / 64].fetch_and(!bit, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn protected_pages(&self) -> impl Iterator<Item = PageRange> {
+        self.window
+            .iter_pages()
+            .enumerate()
+            .filter_map(|(index, page)| {
+                let word = self.protected[index / 64].load(Ordering::Relaxed);
+                (word >> (index % 64) & 1 == 1).then(|| PageRange::from_pages(page, PageCount::ONE))
+            })
+    }
+}
+
+/// The regions that this process owns.
+#[derive(Debug)]
+pub(crate) struct Regions {
+    /// The lock keeps descriptors open while they are used. Peers come with it held
+    /// for writing, so that nothing is protected meanwhile.
+    slots: RwLock<hmm_mem::Vec<Option<Region>>>,
+    /// Regions, so that nobody takes the lock where there are none.
+    count: AtomicUsize,
+    peers: AtomicUsize,
+}
+
+impl Regions {
+    pub(crate) fn new() -> Self {
+        let mut slots = hmm_mem::vec_with_capacity(MAX_REGIONS);
+        slots.resize_with(MAX_REGIONS, || None);
+        Self {
+            slots: RwLock::new(Rank::System, slots),
+            count: AtomicUsize::new(0),
+            peers: AtomicUsize::new(0),
+        }
+    }
+
+    pub(crate) fn peers(&self) -> usize {
+        self.peers.load(Ordering::Acquire)
+    }
+
+    /// Does something with the region that has the address, and the part of the
+    /// range in it.
+    fn with<R>(&self, range: PageRange, call: impl FnOnce(&Region, PageRange) -> R) -> Option<R> {
+        if self.count.load(Ordering::Acquire) == 0 {
+            return None;
+        }
+        let slots = self.slots.read();
+        let found = slots.iter().flatten().find_map(|region| {
+            let part = region.window.intersection(range)?;
+            Some((region, part))
+        });
+        let (region, part) = found.filter(|(region, _)| !region.lost)?;
+        Some(call(region, part))
+    }
+
+    /// Whether the range lies in a region.
+    pub(crate) fn has(&self, range: PageRange) -> bool {
+        self.with(range, |_, part| part == range) == Some(true)
+    }
+
+    /// Makes a region, and maps it for the owner.
+    fn add(&self, bytes: u64) -> io::Result<PageRange> {
+        let file = memfd_create(
+            "hmm-shared",
+            MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
+        )?;
+        ftruncate(&file, bytes)?;
+        fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW)?;
+        let window = map(&file, bytes)?;
+        let mut slots = self.slots.write();
+        let Some(slot) = slots.iter_mut().find(|slot| slot.is_none()) else {
+            drop(slots);
+            unmap(window);
+            return Err(Errno::MFILE.into());
+        };
+        let words = window.pages().index().div_ceil(64);
+        let mut protected = hmm_mem::vec_with_capacity(words);
+        protected.extend((0..words).map(|_| AtomicU64::new(0)));
+        *slot = Some(Region {
+            file,
+            window,
+            protected,
+            peers: [const { None }; MAX_PEERS],
+            lost: false,
+        });
+        self.count.fetch_add(1, Ordering::AcqRel);
+        Ok(window)
+    }
+
+    /// Forgets a region. Nothing of it may be away; it stays mapped.
+    fn remove(&self, window: PageRange) {
+        let mut slots = self.slots.write();
+        let mut slot = slots.iter_mut();
+        let found = slot.find(|slot| slot.as_ref().is_some_and(|region| region.window == window));
+        if found.and_then(Option::take).is_some() {
+            self.count.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+
+    /// The owner has changed its mappings: memory that is not where it was cannot be
+    /// served any more.
+    pub(crate) fn changed(&self, event: &Event) {
+        let (Event::Unmap {
+            space: SpaceId::OWN,
+            range,
+        }
+        | Event::Remap {
+            space: SpaceId::OWN,
+            from: range,
+            ..
+        }) = *event
+        else {
+            return;
+        };
+        if self.with(range, |_, _| ()).is_none() {
+            return;
+        }
+        for region in self.slots.write().iter_mut().flatten() {
+            region.lost |= region.window.overlaps(range);
+        }
+    }
+
+    /// Has the kernel do the same to a range in all peers that it did in the owner.
+    /// A peer that is gone, or does not map it any more, has nothing to be done.
+    fn in_peers(
+        region: &Region,
+        part: PageRange,
+        call: impl Fn(&Uffd, PageRange) -> Progress,
+    ) -> Option<Stop> {
+        let stops = region
+            .peers()
+            .map(|peer| call(&peer.uffd, region.of_peer(peer, part)).stop);
+        let mut again = None;
+        for stop in stops {
+            if stop == Some(Stop::Again) {
+                again = stop;
+            }
+        }
+        again
+    }
+
+    /// Write-protects in all peers what is protected in the owner, or the opposite.
+    pub(crate) fn write_protect(&self, range: PageRange, on: bool) -> Option<Stop> {
+        self.with(range, |region, part| {
+            region.note_protected(part, on);
+            Self::in_peers(region, part, |uffd, part| uffd.write_protect(part, on))
+        })
+        .flatten()
+    }
+
+    /// Pages are there again: peers may write to them, and look again.
+    pub(crate) fn placed(&self, range: PageRange) {
+        let _ = self.write_protect(range, false);
+    }
+
+    /// Whoever touches the pages gets SIGBUS, in peers as in the owner.
+    pub(crate) fn poison(&self, range: PageRange) {
+        self.with(range, |region, part| {
+            Self::in_peers(region, part, Uffd::poison_protected)
+        });
+    }
+
+    pub(crate) fn wake(&self, range: PageRange) {
+        self.with(range, |region, part| {
+            for peer in region.peers() {
+                peer.uffd.wake(region.of_peer(peer, part));
+            }
+        });
+    }
+
+    /// Takes pages out of all processes; `None` when the range is no region's.
+    pub(crate) fn punch(&self, range: PageRange) -> Option<Result<(), SpaceError>> {
+        self.with(range, |region, part| {
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            let offset = region.offset(part.start());
+            let done = fallocate(&region.file, flags, offset, part.bytes().get());
+            done.map_err(|error| SpaceError {
+                operation: "dropping shared pages with fallocate(FALLOC_FL_PUNCH_HOLE)",
+                errno: error.raw_os_error(),
+            })
+        })
+    }
+
+    /// Visits what the file has of a range; `None` when it is no region's.
+    pub(crate) fn visit(
+        &self,
+        range: PageRange,
+        visit: &mut dyn FnMut(PageRange, Presence),
+    ) -> Option<rustix::io::Result<()>> {
+        self.with(range, |region, part| {
+            let end = region.offset(part.end());
+            let mut at = region.offset(part.start());
+            let page_at = |offset: u64| region.window.start().plus_pages(offset / PAGE_SIZE);
+            while at < end {
+                let data = match seek(&region.file, SeekFrom::Data(at)) {
+                    // There is nothing behind it.
+                    Err(Errno::NXIO) => end,
+                    data => data?.min(end),
+                };
+                if at < data {
+                    visit(PageRange::span(page_at(at), page_at(data)), Presence::Hole);
+                }
+                if data == end {
+                    break;
+                }
+                at = seek(&region.file, SeekFrom::Hole(data))?.min(end);
+                let there = Presence::Present { huge: false };
+                visit(PageRange::span(page_at(data), page_at(at)), there);
+            }
+            Ok(())
+        })
+    }
+
+    /// Reads a message of a peer, as one of the owner's.
+    pub(crate) fn read(&self, region: usize, peer: usize) -> Option<Event> {
+        let slots = self.slots.read();
+        let region = slots.get(region)?.as_ref()?;
+        let peer = region.peers.get(peer)?.as_ref()?;
+        let mut buffer = [MaybeUninit::uninit(); 1];
+        let messages = peer.uffd.read(&mut buffer).ok()?;
+        let Message::Event(Event::Fault {
+            address,
+            kind,
+            access,
+            ..
+        }) = translate(SpaceId::OWN, messages.first()?)?
+        else {
+            return None;
+        };
+        let page = address.page_floor();
+        if region.lost {
+            // The owner's engine does not know the page any more.
+            let page = PageRange::from_pages(page, PageCount::ONE);
+            let _ = peer.uffd.poison_protected(page);
+            peer.uffd.wake(page);
+            return None;
+        }
+        Some(Event::Fault {
+            space: SpaceId::OWN,
+            address: region
+                .window
+                .start()
+                .plus_pages(page.pages_since(peer.start)),
+            kind,
+            access,
+            thread: 0,
+        })
+    }
+
+    /// A process that has connected becomes a peer. Returns its number.
+    fn admit(&self, window: PageRange, stream: &UnixStream, set: &OwnedFd) -> io::Result<usize> {
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let bytes = window.bytes().get();
+        self.with(window, |region, _| {
+            wire::send(stream, wire::HELLO, bytes, Some(region.file.as_fd()))
+        })
+        .unwrap_or(Err(io::ErrorKind::NotFound.into()))?;
+        let (start, Some(descriptor)) = wire::receive(stream, wire::HELLO)? else {
+            return Err(io::ErrorKind::InvalidData.into());
+        };
+        let number = {
+            let mut slots = self.slots.write();
+            let found = (0..).zip(slots.iter_mut());
+            let (at, region) = found
+                .filter_map(|(at, slot)| Some((at, slot.as_mut()?)))
+                .find(|(_, region)| region.window == window)
+                .ok_or(io::ErrorKind::NotFound)?;
+            let free = region.peers.iter().position(Option::is_none);
+            let number = free.ok_or(Errno::MFILE)?;
+            let peer = Peer {
+                uffd: Uffd::of_child(descriptor, 0),
+                start: VirtAddr::new(start),
+            };
+            for page in region.protected_pages() {
+                let page = region.of_peer(&peer, page);
+                if peer.uffd.write_protect(page, true).stop.is_some() {
+                    return Err(io::ErrorKind::InvalidData.into());
+                }
+            }
+            let key = PEER_KEYS + (at * MAX_PEERS + number) as u64;
+            epoll::add(
+                set,
+                peer.uffd.as_fd(),
+                EventData::new_u64(key),
+                EventFlags::IN,
+            )?;
+            region.peers[number] = Some(peer);
+            number
+        };
+        self.peers.fetch_add(1, Ordering::AcqRel);
+        wire::send(stream, wire::READY, 0, None).inspect_err(|_| {
+            self.dismiss(window, number, set);
+        })?;
+        Ok(number)
+    }
+
+    fn dismiss(&self, window: PageRange, number: usize, set: &OwnedFd) {
+        let mut slots = self.slots.write();
+        let mut regions = slots.iter_mut().flatten();
+        if let Some(region) = regions.find(|region| region.window == window)
+            && let Some(peer) = region.peers[number].take()
+        {
+            // The peer has the same file open: closing it here ends nothing.
+            let _ = epoll::delete(set, peer.uffd.as_fd());
+            self.peers.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+}
+
+/// A region that is shared: its memory, and the thread that admits peers. Dropped
+/// without [`Sharing::end`] it goes on for as long as the process runs.
+#[derive(Debug)]
+pub struct Sharing {
+    window: PageRange,
+    /// The same socket as the thread's.
+    listener: UnixListener,
+    thread: EngineThread,
+}
+
+impl Sharing {
+    /// Makes memory that other processes can attach at `path`, where a socket is
+    /// made that only this user can use. On an engine thread.
+    ///
+    /// # Errors
+    /// When the kernel cannot watch shared memory or has no memory for it, or the
+    /// path is taken. Then nothing was changed.
+    pub fn start(
+        threads: &EngineThreads,
+        space: &'static LinuxSpace,
+        bytes: u64,
+        path: &Path,
+    ) -> io::Result<Self> {
+        if !space.can_share() {
+            return Err(Errno::OPNOTSUPP.into());
+        }
+        let listener = UnixListener::bind(path)?;
+        let shared = Self::share(threads, space, bytes, path, listener);
+        if shared.is_err() {
+            let _ = fs::remove_file(path);
+        }
+        shared
+    }
+
+    fn share(
+        threads: &EngineThreads,
+        space: &'static LinuxSpace,
+        bytes: u64,
+        path: &Path,
+        listener: UnixListener,
+    ) -> io::Result<Self> {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+        let own = listener.try_clone()?;
+        let window = space.regions().0.add(bytes)?;
+        let serve = move || serve_peers(space, window, &own);
+        match threads.spawn("hmm-share", None, serve) {
+            Ok(thread) => Ok(Self {
+                window,
+                listener,
+                thread,
+            }),
+            Err(error) => {
+                space.regions().0.remove(window);
+                unmap(window);
+                Err(error)
+            }
+        }
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub const fn window(&self) -> PageRange {
+        self.window
+    }
+
+    /// Sends the peers away, with the memory as it is: all of it must be home. It
+    /// stays mapped. On an engine thread.
+    pub fn end(self, space: &LinuxSpace) {
+        let _ = shutdown(&self.listener, Shutdown::Both);
+        self.thread.join();
+        space.regions().0.remove(self.window);
+    }
+}
+
+/// Body of the thread that admits a region's peers, until `listener` is shut down.
+/// Then everything is home, and the peers are told.
+fn serve_peers(space: &LinuxSpace, window: PageRange, listener: &UnixListener) {
+    let (regions, set) = space.regions();
+    let mut connections: hmm_mem::Vec<(usize, UnixStream)> = hmm_mem::vec();
+    loop {
+        let mut waits = hmm_mem::vec_with_capacity(1 + connections.len());
+        waits.push(PollFd::new(listener, PollFlags::IN));
+        let peers = connections.iter();
+        waits.extend(peers.map(|(_, stream)| PollFd::new(stream, PollFlags::IN)));
+        if poll(&mut waits, None).is_err() {
+            continue;
+        }
+        let called = waits[0].revents();
+        let mut readable = hmm_mem::vec_with_capacity(connections.len());
+        readable.extend(waits[1..].iter().map(|wait| !wait.revents().is_empty()));
+        drop(waits);
+        // A peer says nothing any more: it has gone.
+        let mut gone = readable.iter();
+        connections.retain(|(number, _)| {
+            let gone = gone.next() == Some(&true);
+            if gone {
+                regions.dismiss(window, *number, set);
+            }
+            !gone
+        });
+        if called.contains(PollFlags::HUP) {
+            break;
+        }
+        if called.contains(PollFlags::IN)
+            && let Ok((stream, _)) = listener.accept()
+            && let Ok(number) = regions.admit(window, &stream, set)
+        {
+            connections.push((number, stream));
+        }
+    }
+    for (number, stream) in connections {
+        let _ = wire::send(&stream, wire::BYE, 0, None);
+        regions.dismiss(window, number, set);
+    }
+}
+
+/// A shared mapping that forked children do not have: nobody would serve it there.
+pub(super) fn map(file: &OwnedFd, bytes: u64) -> io::Result<PageRange> {
+    let len = usize::try_from(bytes).map_err(|_| Errno::NOMEM)?;
+    let access = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: a fresh mapping at an address of the kernel's choice.
+    let at = unsafe { mmap(ptr::null_mut(), len, access, MapFlags::SHARED, file, 0) }?;
+    at.expose_provenance();
+    let window = PageRange::new(VirtAddr::of(at), bytes).map_err(|_| Errno::INVAL)?;
+    // SAFETY: the mapping just made; no data is dropped.
+    let kept = unsafe { madvise(at, len, Advice::LinuxDontFork) };
+    if let Err(error) = kept {
+        unmap(window);
+        return Err(error.into());
+    }
+    Ok(window)
+}
+
+/// Unmaps what [`map`] has mapped.
+pub fn unmap(window: PageRange) {
+    let at = ptr::with_exposed_provenance_mut(window.start().addr());
+    // SAFETY: a mapping that `map` has made, whose user is done with it.
+    let _ = unsafe { munmap(at, window.pages().bytes_usize()) };
+}

@@ -1,0 +1,166 @@
+//! A peer's side: a process that uses another one's region.
+
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use hmm_hal::Stop;
+use hmm_types::{PAGE_SIZE, PageRange};
+use linux_raw_sys::general as raw;
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
+
+use super::owner::{map, unmap};
+use super::wire;
+use crate::fatal::fail;
+use crate::thread::EngineThread;
+use crate::threads::EngineThreads;
+use crate::uffd::{FEATURE_POISON, FEATURE_WP, FEATURES_SHARED, Reach, Uffd};
+
+/// Why a region could not be attached; nothing was changed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AttachError {
+    /// Nobody answers there.
+    #[error("cannot reach the owner of the shared region: {0}; is it running, at this path?")]
+    Connect(io::Error),
+    /// The owner turned it away.
+    #[error("the owner of the shared region does not take this process in: {0}")]
+    Refused(io::Error),
+    /// The memory could not be mapped.
+    #[error("cannot map the shared region: {0}; see `ulimit -v`")]
+    Map(io::Error),
+    /// This kernel's userfaultfd cannot watch shared memory.
+    #[error("cannot watch the shared region: {0}; shared memory needs Linux 5.19 or later")]
+    Watch(io::Error),
+    /// No thread.
+    #[error("cannot start a thread: {0}; see `ulimit -u`")]
+    Thread(#[from] io::Error),
+}
+
+/// Another process's shared region, mapped into this one.
+#[derive(Debug)]
+pub struct Attached {
+    window: PageRange,
+    threads: EngineThreads,
+    stream: Option<UnixStream>,
+    watch: Option<EngineThread>,
+}
+
+impl Attached {
+    /// Where it is.
+    #[must_use]
+    pub const fn window(&self) -> PageRange {
+        self.window
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        unmap(self.window);
+        let stream = self.stream.take();
+        self.threads.run_on_root(move || {
+            if let Some(stream) = stream {
+                let _ = stream.shutdown(Shutdown::Both);
+            }
+        });
+        if let Some(watch) = self.watch.take() {
+            watch.join();
+        }
+        self.threads.end();
+    }
+}
+
+/// Maps the region whose owner listens at `path`.
+///
+/// # Errors
+/// [`AttachError`]; then nothing was changed.
+pub fn attach(path: &Path) -> Result<Attached, AttachError> {
+    let threads = EngineThreads::start()?;
+    let (window, stream, watch) = threads.run_on_root(|| {
+        let (stream, file, bytes) = connect(path)?;
+        let window = map(&file, bytes).map_err(AttachError::Map)?;
+        let joined = join(&stream, window).and_then(|uffd| {
+            let (own, file) = (stream.try_clone()?, file);
+            let body = move || watch(&own, &uffd, &file, window);
+            Ok(threads.spawn("hmm-attached", None, body)?)
+        });
+        match joined {
+            Ok(watch) => Ok((window, stream, watch)),
+            Err(error) => {
+                unmap(window);
+                Err(error)
+            }
+        }
+    })?;
+    Ok(Attached {
+        window,
+        threads,
+        stream: Some(stream),
+        watch: Some(watch),
+    })
+}
+
+fn connect(path: &Path) -> Result<(UnixStream, OwnedFd, u64), AttachError> {
+    let stream = UnixStream::connect(path).map_err(AttachError::Connect)?;
+    match wire::receive(&stream, wire::HELLO) {
+        Ok((bytes, Some(file))) => Ok((stream, file, bytes)),
+        Ok((_, None)) => Err(AttachError::Refused(io::ErrorKind::InvalidData.into())),
+        Err(error) => Err(AttachError::Refused(error)),
+    }
+}
+
+/// Has the owner serve the mapping's faults.
+fn join(stream: &UnixStream, window: PageRange) -> Result<Uffd, AttachError> {
+    let wanted = FEATURES_SHARED | FEATURE_WP | FEATURE_POISON;
+    let refused = |error: Errno| AttachError::Watch(error.into());
+    let uffd = Uffd::open(Reach::Full, wanted)
+        .or_else(|_| Uffd::open(Reach::UserMode, wanted))
+        .map_err(refused)?;
+    if uffd.features() & (FEATURES_SHARED | FEATURE_WP) != FEATURES_SHARED | FEATURE_WP {
+        return Err(refused(Errno::NOSYS));
+    }
+    uffd.register(window, true)
+        .map_err(|error| AttachError::Watch(io::Error::other(error)))?;
+    let start = window.start().get();
+    wire::send(stream, wire::HELLO, start, Some(uffd.as_fd()))
+        .and_then(|()| wire::receive(stream, wire::READY))
+        .map_err(AttachError::Refused)?;
+    Ok(uffd)
+}
+
+/// Body of the thread that waits for the owner's end.
+fn watch(stream: &UnixStream, uffd: &Uffd, file: &OwnedFd, window: PageRange) {
+    match wire::receive(stream, wire::BYE) {
+        // Everything is home: from now on this is memory like any other.
+        Ok(_) => drop(uffd.unregister(window)),
+        // What the owner had on its devices went with it, and must not read as
+        // zeros.
+        Err(_) => poison_holes(uffd, file, window),
+    }
+}
+
+fn poison_holes(uffd: &Uffd, file: &OwnedFd, window: PageRange) {
+    let end = window.bytes().get();
+    let page_at = |offset: u64| window.start().plus_pages(offset / PAGE_SIZE);
+    let mut at = 0;
+    while at < end {
+        let data = seek(file, SeekFrom::Data(at)).unwrap_or(end).min(end);
+        if at < data {
+            let hole = PageRange::span(page_at(at), page_at(data));
+            if uffd.poison_protected(hole).stop == Some(Stop::Incompatible)
+                && uffd.features() & raw::UFFD_FEATURE_POISON as u64 == 0
+            {
+                fail(format_args!(
+                    "the owner of the shared region at {window} has ended with pages of it on its \
+                     devices, and this kernel cannot mark them; zeros in their place would be wrong \
+                     data, so the process ends now"
+                ));
+            }
+            uffd.wake(hole);
+        }
+        at = seek(file, SeekFrom::Hole(data)).unwrap_or(end).min(end);
+    }
+}
