@@ -165,8 +165,8 @@ impl Host {
         self.sharing.lock().push(sharing);
     }
 
-    /// Brings a shared region home and sends its peers away. False when that cannot
-    /// be; then it stays shared.
+    /// Brings a shared region home and sends its peers away. False when it is not to
+    /// be unmapped: it cannot come home, and stays shared; or the program has done it.
     pub(crate) fn end_sharing(&'static self, window: PageRange) -> bool {
         let home = Request::Migrate {
             range: window,
@@ -186,10 +186,7 @@ impl Host {
             let at = all.iter().position(is_shared);
             at.map(|at| all.swap_remove(at))
         };
-        if let Some(sharing) = found {
-            self.threads.run_on_root(move || sharing.end(self.space));
-        }
-        true
+        found.is_some_and(|sharing| self.threads.run_on_root(move || sharing.end(self.space)))
     }
 
     fn keep(&self, thread: EngineThread) {

@@ -94,8 +94,8 @@ impl Drop for SharedRegion {
         // What cannot come home is served for as long as the process runs.
         if self.host.end_sharing(self.window) {
             hmm_os::unmap(self.window);
-            let _ = std::fs::remove_file(&self.path);
         }
+        let _ = std::fs::remove_file(&self.path);
     }
 }
 

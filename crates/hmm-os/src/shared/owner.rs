@@ -180,14 +180,17 @@ impl Regions {
         Ok(window)
     }
 
-    /// Forgets a region. Nothing of it may be away; it stays mapped.
-    fn remove(&self, window: PageRange) {
+    /// Forgets a region. Nothing of it may be away; it stays mapped. False when its
+    /// owner has unmapped it already.
+    fn remove(&self, window: PageRange) -> bool {
         let mut slots = self.slots.write();
         let mut slot = slots.iter_mut();
         let found = slot.find(|slot| slot.as_ref().is_some_and(|region| region.window == window));
-        if found.and_then(Option::take).is_some() {
-            self.count.fetch_sub(1, Ordering::AcqRel);
-        }
+        let Some(region) = found.and_then(Option::take) else {
+            return false;
+        };
+        self.count.fetch_sub(1, Ordering::AcqRel);
+        !region.lost
     }
 
     /// The owner has changed its mappings: memory that is not where it was cannot be
@@ -297,8 +300,11 @@ impl Regions {
                     break;
                 }
                 at = seek(&region.file, SeekFrom::Hole(data))?.min(end);
-                let there = Presence::Present { huge: false };
-                visit(PageRange::span(page_at(data), page_at(at)), there);
+                // None, if it was dropped between the two looks.
+                if data < at {
+                    let there = Presence::Present { huge: false };
+                    visit(PageRange::span(page_at(data), page_at(at)), there);
+                }
             }
             Ok(())
         })
@@ -466,11 +472,12 @@ impl Sharing {
     }
 
     /// Sends the peers away, with the memory as it is: all of it must be home. It
-    /// stays mapped. On an engine thread.
-    pub fn end(self, space: &LinuxSpace) {
+    /// stays mapped, for the caller to [`unmap`]; false when the program has unmapped
+    /// it already. On an engine thread.
+    pub fn end(self, space: &LinuxSpace) -> bool {
         let _ = shutdown(&self.listener, Shutdown::Both);
         self.thread.join();
-        space.regions().0.remove(self.window);
+        space.regions().0.remove(self.window)
     }
 }
 
@@ -510,8 +517,12 @@ fn serve_peers(space: &LinuxSpace, window: PageRange, listener: &UnixListener) {
             connections.push((number, stream));
         }
     }
+    let all_home = regions.has(window);
     for (number, stream) in connections {
-        let _ = wire::send(&stream, wire::BYE, 0, None);
+        // Else they find out for themselves what is lost, as if the process had ended.
+        if all_home {
+            let _ = wire::send(&stream, wire::BYE, 0, None);
+        }
         regions.dismiss(window, number, set);
     }
 }
