@@ -15,9 +15,11 @@ use std::os::fd::IntoRawFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use hmm_hal::Clock;
 use hmm_sync::{Condvar, Mutex, Rank, assert_none_held};
 use rustix::fs::{Mode, OFlags, open};
 
+use crate::clock::MonotonicClock;
 use crate::thread::{EngineThread, create, table};
 
 static NEXT_TABLE: AtomicU32 = AtomicU32::new(1);
@@ -73,6 +75,10 @@ impl EngineThreads {
     /// When the process may not have another thread, or the kernel no memory.
     pub fn start() -> io::Result<Self> {
         crate::forks::prepare_children();
+        // The first look at the clock finds the kernel's fast way to do that; before
+        // Linux 6.4 by reading a file into memory of the process heap, which a handler
+        // must not touch.
+        let _ = MonotonicClock.now_ns();
         let root: &'static Root = hmm_mem::leaked(Root {
             state: Mutex::new(
                 Rank::Queue,
