@@ -753,7 +753,13 @@ impl AddressSpace for LinuxSpace {
             range,
             Advice::LinuxPopulateWrite,
             "un-sharing pages with madvise(MADV_POPULATE_WRITE)",
-        )
+        )?;
+        // UFFDIO_MOVE asks the first page of a huge one whether anybody shares it,
+        // wherever that page is by now. This cuts huge pages of which only a part is
+        // here; otherwise it is a hint for reclaim. Not before Linux 5.4.
+        let cold = "cutting huge pages with madvise(MADV_COLD)";
+        let _ = advise(range, Advice::LinuxCold, cold);
+        Ok(())
     }
 
     fn provision(&self, slot: PageRange) -> bool {
