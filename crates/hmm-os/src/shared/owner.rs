@@ -544,7 +544,7 @@ pub(super) fn map(file: &OwnedFd, bytes: u64) -> io::Result<PageRange> {
     Ok(window)
 }
 
-/// Unmaps what [`map`] has mapped.
+/// Unmaps a region that is shared no more: see [`Sharing::end`].
 pub fn unmap(window: PageRange) {
     let at = ptr::with_exposed_provenance_mut(window.start().addr());
     // SAFETY: a mapping that `map` has made, whose user is done with it.
