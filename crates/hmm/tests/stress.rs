@@ -14,6 +14,7 @@
 )]
 mod common;
 
+use std::io::Write;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -406,6 +407,28 @@ fn rebuild(map: &Map, contents: &mut [Content], rng: &mut Rng) {
     }
 }
 
+/// Says what a forked child found, with nothing that another thread of its parent
+/// may have held when it forked.
+fn tell(map: &Map, index: usize, generation: u64) {
+    let mut line = [0; 200];
+    let mut rest = &mut line[..];
+    let page = index / WORDS;
+    let words = page * WORDS..(page + 1) * WORDS;
+    let wrong = words.filter(|&word| map.get(word) != pattern(generation, word));
+    let _ = writeln!(
+        rest,
+        "child {}: page {page} at {:p}, {} words wrong, first word {index}: {:#x} instead of {:#x}",
+        std::process::id(),
+        map.page(page),
+        wrong.count(),
+        map.get(index),
+        pattern(generation, index)
+    );
+    let len = 200 - rest.len();
+    // SAFETY: so many bytes of the line were filled.
+    unsafe { libc::write(2, line.as_ptr().cast(), len) };
+}
+
 /// Forks, and changes its region while the child checks what it has of it.
 fn forker(field: &Field, seed: u64) -> String {
     let mut rng = Rng::new(seed);
@@ -443,18 +466,24 @@ fn forker(field: &Field, seed: u64) -> String {
                     return 10 + libc::WEXITSTATUS(status);
                 }
             }
-            let rest =
-                (0..REGION).any(|page| page != own && map.wrong(page, 1, generation).is_some());
+            let mut rest = false;
+            for page in (0..REGION).filter(|&page| page != own) {
+                if let Some(index) = map.wrong(page, 1, generation) {
+                    tell(&map, index, generation);
+                    rest = true;
+                }
+            }
             2 * i32::from(rest) + 4 * i32::from(map.wrong(own, 1, !generation).is_some())
         });
-        generation = rng.next();
+        let before = std::mem::replace(&mut generation, rng.next());
         for page in 0..REGION {
             map.fill_part(page, 1, generation);
         }
         let status = wait(child);
         assert_eq!(
             status, 0,
-            "LOST DATA in a child (fork {forks}, grandchild: {grandchild})"
+            "LOST DATA in a child (fork {forks}, grandchild: {grandchild}, its own page {own}, \
+             pattern {before:#x}, its parent's since then {generation:#x})"
         );
         for page in 0..REGION {
             check(&map, page, generation, "forker");
