@@ -48,20 +48,22 @@ impl Engine<'_> {
             };
             let mut from = victim.start();
             let mut moved = 0;
-            let mut busy = false;
+            let (mut busy, mut stuck) = (false, false);
             while from < victim.end() {
                 let rest = PageRange::span(from, victim.end());
                 let step = self.step_home(executor, rest, Home::ahead().only(Some(device)));
                 moved += step.moved;
                 busy |= step.busy > 0;
+                stuck |= step.stuck.is_some();
                 from = from.plus_pages(step.passed.max(1));
             }
             self.stats.evicted_pages.fetch_add(moved, Relaxed);
             if moved > 0 {
                 return true;
             }
-            // Others were quicker, or the pages cannot come.
-            if !busy {
+            // Where others were quicker there may be more to evict; they may have used
+            // the room already.
+            if stuck && !busy {
                 break;
             }
         }
