@@ -508,10 +508,15 @@ impl Engine<'_> {
             {
                 Some(Stop::Again | Stop::NoMemory) => return false,
                 Some(Stop::Exists) => self.space.wake(space, page),
-                _ => {
+                // `NotMapped`: the child does not see this memory, or no more.
+                None | Some(Stop::Gone | Stop::NotMapped) => {
                     self.space.wake(space, page);
                     self.stats.child_pages.fetch_add(1, Relaxed);
                 }
+                Some(stop) => panic!(
+                    "{page} cannot be given to a forked child ({stop:?}); zeros in its place would \
+                     be wrong data"
+                ),
             }
             child.owed.remove(at);
             self.settle(*owed);
