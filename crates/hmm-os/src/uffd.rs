@@ -313,6 +313,26 @@ impl Uffd {
         }
     }
 
+    /// Does something to all pages of a range that allow it, whatever the others are:
+    /// parts of it may not be mapped, or have been done already. True when it has to
+    /// be done again, after an event has been read.
+    pub(crate) fn wherever_possible(
+        &self,
+        range: PageRange,
+        call: impl Fn(&Self, PageRange) -> Progress,
+    ) -> bool {
+        let mut from = range.start();
+        while from < range.end() {
+            let progress = call(self, PageRange::span(from, range.end()));
+            match progress.stop {
+                None | Some(Stop::Gone) => return false,
+                Some(Stop::Again) => return true,
+                Some(_) => from = from.plus_pages(progress.done.get() + 1),
+            }
+        }
+        false
+    }
+
     /// Stops or allows writes. The call tells no progress, but doing it twice
     /// does no harm.
     pub(crate) fn write_protect(&self, range: PageRange, on: bool) -> Progress {

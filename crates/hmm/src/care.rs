@@ -17,8 +17,6 @@ use hmm_types::PageCount;
 use crate::host::Host;
 use crate::jobs::{Outcome, Request};
 
-/// How long one sleeps that is not on duty.
-const HANDLER_REST: Duration = Duration::from_secs(1);
 /// How long a handler sleeps without events. Nothing depends on its looking again,
 /// and in test builds it does not: what was forgotten hangs there, and is found.
 /// Elsewhere that costs a second instead.
@@ -27,8 +25,10 @@ const HANDLER_NAP_MS: Option<u32> = if cfg!(debug_assertions) {
 } else {
     Some(1000)
 };
-/// The first while changes of mappings may still be under way.
+/// The same while changes of mappings may still be under way.
 const UNSETTLED_NAP_MS: u32 = 1;
+/// How long one sleeps that is not on duty.
+const HANDLER_REST: Duration = Duration::from_secs(1);
 /// How long a worker sleeps without requests before it looks around.
 const WORKER_NAP: Duration = Duration::from_millis(500);
 /// Pages given to children between two requests.

@@ -33,7 +33,6 @@ impl SharedRegion {
             path: path.to_owned(),
             source,
         };
-        let bytes = size.get().next_multiple_of(PAGE_SIZE);
         if size.get() == 0 {
             return Err(Error::Setting {
                 setting: "the size of a shared region",
@@ -41,6 +40,9 @@ impl SharedRegion {
                 why: "it must have a page at least",
             });
         }
+        let too_large = || refused(std::io::ErrorKind::OutOfMemory.into());
+        let bytes = size.get().checked_next_multiple_of(PAGE_SIZE);
+        let bytes = bytes.ok_or_else(too_large)?;
         let absolute = std::path::absolute(path).map_err(refused)?;
         let sharing = host
             .threads

@@ -216,23 +216,20 @@ impl Regions {
         }
     }
 
-    /// Has the kernel do the same to a range in all peers that it did in the owner.
-    /// A peer that is gone, or does not map it any more, has nothing to be done.
+    /// Has the kernel do the same to a range in all peers that it did in the owner,
+    /// wherever they still have it.
     fn in_peers(
         region: &Region,
         part: PageRange,
         call: impl Fn(&Uffd, PageRange) -> Progress,
     ) -> Option<Stop> {
-        let stops = region
-            .peers()
-            .map(|peer| call(&peer.uffd, region.of_peer(peer, part)).stop);
-        let mut again = None;
-        for stop in stops {
-            if stop == Some(Stop::Again) {
-                again = stop;
-            }
+        let mut again = false;
+        for peer in region.peers() {
+            again |= peer
+                .uffd
+                .wherever_possible(region.of_peer(peer, part), &call);
         }
-        again
+        again.then_some(Stop::Again)
     }
 
     /// Write-protects in all peers what is protected in the owner, or the opposite.

@@ -6,9 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use hmm_hal::Stop;
 use hmm_types::{PAGE_SIZE, PageRange};
-use linux_raw_sys::general as raw;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
@@ -150,15 +148,14 @@ fn poison_holes(uffd: &Uffd, file: &OwnedFd, window: PageRange) {
         let data = seek(file, SeekFrom::Data(at)).unwrap_or(end).min(end);
         if at < data {
             let hole = PageRange::span(page_at(at), page_at(data));
-            if uffd.poison_protected(hole).stop == Some(Stop::Incompatible)
-                && uffd.features() & raw::UFFD_FEATURE_POISON as u64 == 0
-            {
+            if uffd.features() & FEATURE_POISON == 0 {
                 fail(format_args!(
                     "the owner of the shared region at {window} has ended with pages of it on its \
                      devices, and this kernel cannot mark them; zeros in their place would be wrong \
                      data, so the process ends now"
                 ));
             }
+            uffd.wherever_possible(hole, Uffd::poison_protected);
             uffd.wake(hole);
         }
         at = seek(file, SeekFrom::Hole(data)).unwrap_or(end).min(end);
