@@ -380,24 +380,26 @@ impl LinuxSpace {
         (looked.is_ok() && !there).then_some(Stop::NoMemory)
     }
 
-    /// Whether a range is a part of one huge page of hugetlbfs. Where a child has
-    /// refused a small page it is: it has no other memory that refuses one.
+    /// Whether a range is a part of one huge page of hugetlbfs.
     fn is_hugetlb(&self, space: SpaceId, range: PageRange) -> bool {
-        if range.end()
-            > range
-                .start()
-                .block_floor()
-                .plus_pages(PAGES_PER_BLOCK as u64)
-        {
+        let huge = huge_page_of(range);
+        if range.end() > huge.end() {
             return false;
         }
-        let mut huge = space != SpaceId::OWN;
-        if !huge {
-            let _ = self.parts().map.visit(range.slice(0, 1), &mut |vma| {
-                huge |= vma.kind == MemoryKind::HugeTlb;
+        let first = range.slice(0, 1);
+        let mut found = false;
+        if space == SpaceId::OWN {
+            let _ = self.parts().map.visit(first, &mut |vma| {
+                found |= vma.kind == MemoryKind::HugeTlb;
             });
+        } else if self.moves_huge_pages {
+            // A child's map is out of reach. To allow writes to less than a page is
+            // refused there, and does no harm elsewhere: a child may write to all
+            // of its memory.
+            let refused = self.on(space, |uffd| uffd.write_protect(first, false));
+            found = refused.stop == Some(Stop::Incompatible);
         }
-        huge
+        found
     }
 
     /// Reads a message of one space.
@@ -655,7 +657,9 @@ impl AddressSpace for LinuxSpace {
     fn copy_pages(&self, space: SpaceId, from: VirtAddr, to: PageRange) -> Progress {
         let copy = |uffd: &Uffd| uffd.copy(from, to);
         let whole = to.pages() == PageCount::from(PAGES_PER_BLOCK);
-        let progress = if whole && self.is_hugetlb(space, to) {
+        // Nothing but pages of hugetlbfs is given to a child in one piece.
+        let huge = whole && (space != SpaceId::OWN || self.is_hugetlb(space, to));
+        let progress = if huge {
             self.place_huge(space, to, copy)
         } else {
             self.on(space, copy)
@@ -674,11 +678,11 @@ impl AddressSpace for LinuxSpace {
     }
 
     fn zero_pages(&self, space: SpaceId, range: PageRange) -> Progress {
-        let zeros = self.parts().zeros.range().start();
-        let filled = self.on_pages(space, range, Uffd::zero, |uffd, huge| {
-            uffd.copy(zeros, huge)
-        });
-        if filled.stop == Some(Stop::Exists) && self.is_hugetlb(space, range) {
+        let filled = self.on(space, |uffd| uffd.zero(range));
+        // hugetlbfs has no page of zeros to share, and no smaller one. Asked only then:
+        // anywhere else, to place a whole one would hide what is still owed there.
+        if filled.stop == Some(Stop::Incompatible) && self.is_hugetlb(space, range) {
+            let zeros = self.parts().zeros.range().start();
             let huge = huge_page_of(range);
             let filled = self.place_huge(space, huge, |uffd| uffd.copy(zeros, huge));
             return Progress {

@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::thread;
 
 use common::{Area, PAGE, done, fork, load, open, open_without, reap, stopped, tag};
@@ -296,6 +298,56 @@ fn a_child_may_write_what_was_protected_in_its_parent() {
     });
     assert_eq!(reap(pid), 42);
     assert_eq!(area.get(2), tag(2), "the parent's page is its own");
+    assert_eq!(os.next_events(), [Event::Exit { space: child }]);
+    os.space.release(child);
+}
+
+/// A fault that is served late finds the page there. That fills no other page with
+/// zeros, of which the child may still be owed the data.
+#[test]
+fn zeros_that_come_too_late_for_a_child_go_nowhere() {
+    let Some(os) = open() else { return };
+    if os.lacks(
+        !os.space.capabilities().fork_events,
+        "fork events (CAP_SYS_PTRACE)",
+    ) {
+        return;
+    }
+    // All of the 2 MiB around the page is registered.
+    let area = Area::new(512, false);
+    area.set(100, 7);
+    os.space.register(area.range).unwrap();
+    let child = SpaceId::new(1);
+    let (rest, go) = std::io::pipe().unwrap();
+    let pid = thread::scope(|scope| {
+        let forking = scope.spawn(|| {
+            fork(|| {
+                let mut byte = 0u8;
+                // SAFETY: waits until the parent closes the pipe or writes.
+                unsafe { libc::read(rest.as_raw_fd(), (&raw mut byte).cast(), 1) };
+                if area.get(0) == 9 && area.get(100) == 7 {
+                    42
+                } else {
+                    1
+                }
+            })
+        });
+        assert!(matches!(os.next_events()[..], [Event::Fork { .. }]));
+        forking.join().unwrap()
+    });
+    for page in [100, 99] {
+        let late = os.space.zero_pages(child, area.range.slice(page, 2));
+        let zeroed = u64::from(page == 99);
+        assert_eq!(late, stopped(zeroed, Stop::Exists));
+    }
+    let source = Area::new(1, false);
+    source.set(0, 9);
+    let given = os
+        .space
+        .copy_pages(child, source.range.start(), area.page(0));
+    assert_eq!(given, done(1), "page 0 was still missing");
+    (&go).write_all(&[1]).unwrap();
+    assert_eq!(reap(pid), 42);
     assert_eq!(os.next_events(), [Event::Exit { space: child }]);
     os.space.release(child);
 }
