@@ -13,8 +13,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Barrier;
 
 use common::{
-    Map, PAGE, WORDS, all_free, engine, fetch, fork, nothing_staged, on_device, pattern, send,
-    wait, watchdog,
+    HUGE, Map, PAGE, Rng, WORDS, all_free, engine, fetch, fork, nothing_staged, on_device, pattern,
+    send, wait, watchdog,
 };
 use hmm::{PageRange, Pointer, StayReason, VirtAddr};
 
@@ -555,6 +555,40 @@ fn many_children_at_once_are_served() {
     }
     map.check(31);
     drop(map);
+    end(hmm, &device);
+}
+
+/// Many of these faults are served when the child has the page already: with
+/// another one, or in the background.
+#[test]
+fn children_that_look_about_find_all_of_it() {
+    let _dog = watchdog("children_that_look_about_find_all_of_it", 60);
+    let (hmm, device) = engine(8);
+    let maps = [false, true].map(|huge| Map::aligned(2 * HUGE, huge));
+    maps.iter().for_each(|map| map.fill(33));
+    for round in 0..40 {
+        let map = &maps[(round % 2) as usize];
+        send(&hmm, map.range(), &device);
+        let children: Vec<_> = (0..2)
+            .map(|number| {
+                fork(|| {
+                    let mut rng = Rng::new(2 * round + number);
+                    let wrong = |page| map.wrong(page, 1, 33).is_some();
+                    let any = (0..400).any(|_| wrong(rng.below(map.pages())));
+                    i32::from(any) + 2 * i32::from(map.wrong(0, map.pages(), 33).is_some())
+                })
+            })
+            .collect();
+        for child in children {
+            assert_eq!(
+                wait(child),
+                0,
+                "a child of round {round} found something else"
+            );
+        }
+    }
+    maps.iter().for_each(|map| map.check(33));
+    drop(maps);
     end(hmm, &device);
 }
 
