@@ -18,9 +18,9 @@ use crate::uffd::Uffd;
 pub const MAX_CHILDREN: usize = 1024;
 /// Children that are looked at for having exited, at a time.
 const PROBES: usize = 16;
-/// Key of the interrupt in the set of descriptors to wait for; children have
-/// their space's number, which is never 0.
-const INTERRUPT: u64 = 0;
+/// Key of the interrupt and the nudge in the set of descriptors to wait for;
+/// children have their space's number, which is never 0.
+const NOBODY: u64 = 0;
 
 #[derive(Debug)]
 struct Child {
@@ -42,6 +42,7 @@ pub(crate) struct Children {
     next_probe: AtomicUsize,
     poll: OwnedFd,
     interrupt: OwnedFd,
+    nudge: OwnedFd,
 }
 
 impl Children {
@@ -49,13 +50,12 @@ impl Children {
         let mut slots = hmm_mem::vec_with_capacity(MAX_CHILDREN);
         slots.resize_with(MAX_CHILDREN, || None);
         let poll = epoll::create(CreateFlags::CLOEXEC)?;
-        let interrupt = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        epoll::add(
-            &poll,
-            &interrupt,
-            EventData::new_u64(INTERRUPT),
-            EventFlags::IN,
-        )?;
+        let bell = || {
+            let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+            epoll::add(&poll, &bell, EventData::new_u64(NOBODY), EventFlags::IN)?;
+            Ok(bell)
+        };
+        let (interrupt, nudge) = (bell()?, bell()?);
         Ok(Self {
             slots: RwLock::new(Rank::System, slots),
             count: AtomicUsize::new(0),
@@ -63,16 +63,21 @@ impl Children {
             next_probe: AtomicUsize::new(0),
             poll,
             interrupt,
+            nudge,
         })
     }
 
-    /// Readable when a child's context, or the interrupt, is.
+    /// Readable when a child's context, the interrupt or the nudge is.
     pub(crate) fn poll_descriptor(&self) -> &OwnedFd {
         &self.poll
     }
 
     pub(crate) fn interrupt_descriptor(&self) -> &OwnedFd {
         &self.interrupt
+    }
+
+    pub(crate) fn nudge_descriptor(&self) -> &OwnedFd {
+        &self.nudge
     }
 
     pub(crate) fn count(&self) -> usize {
@@ -145,7 +150,7 @@ impl Children {
         ready
             .iter()
             .find_map(|event| match u16::try_from(event.data.u64()) {
-                Ok(number) if u64::from(number) == INTERRUPT => None,
+                Ok(number) if u64::from(number) == NOBODY => None,
                 Ok(number) => look(Ok(SpaceId::new(number))),
                 Err(_) => look(Err(event.data.u64())),
             })

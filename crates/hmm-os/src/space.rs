@@ -11,7 +11,7 @@ use hmm_hal::{
 };
 use hmm_sync::assert_none_held;
 use hmm_types::{MemoryKind, PAGES_PER_BLOCK, PageCount, PageRange, StayReason, VirtAddr};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
@@ -43,7 +43,6 @@ const CHILD_NAP_MS: u32 = 1000;
 #[derive(Debug)]
 struct Parts {
     uffd: Uffd,
-    nudge: OwnedFd,
     children: Children,
     regions: Regions,
     map: Map,
@@ -111,12 +110,6 @@ impl LinuxSpace {
         let children = Children::new().map_err(|error| OpenError::Descriptor {
             errno: error.raw_os_error(),
         })?;
-        let nudge =
-            eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|error| {
-                OpenError::Descriptor {
-                    errno: error.raw_os_error(),
-                }
-            })?;
         let staging = Staging::reserve(config.staging).map_err(|error| OpenError::Staging {
             errno: error.raw_os_error(),
         })?;
@@ -147,7 +140,6 @@ impl LinuxSpace {
             moves_huge_pages: has(FEATURE_WP) && has(FEATURES_HUGETLB) && has(FEATURE_FORK),
             parts: ManuallyDrop::new(Parts {
                 uffd,
-                nudge,
                 children,
                 regions: Regions::new(),
                 map,
@@ -178,7 +170,6 @@ impl LinuxSpace {
         let mut set = [
             PollFd::new(&parts.uffd, PollFlags::IN),
             PollFd::new(children, PollFlags::IN),
-            PollFd::new(&parts.nudge, PollFlags::IN),
         ];
         let timeout_ms =
             timeout_ms.or_else(|| (parts.children.count() > 0).then_some(CHILD_NAP_MS));
@@ -198,8 +189,9 @@ impl LinuxSpace {
                 Wakeup::Interrupted
             }
             Ok(_) => {
-                if !set[2].revents().is_empty() {
-                    let _ = rustix::io::read(&parts.nudge, &mut [0u8; 8]);
+                if !set[1].revents().is_empty() {
+                    let nudge = parts.children.nudge_descriptor();
+                    let _ = rustix::io::read(nudge, &mut [0u8; 8]);
                 }
                 Wakeup::Events
             }
@@ -209,7 +201,8 @@ impl LinuxSpace {
     /// Ends one [`LinuxSpace::wait`], present or future, with
     /// [`Wakeup::Events`].
     pub fn nudge(&self) {
-        let _ = rustix::io::write(&self.parts().nudge, &1u64.to_ne_bytes());
+        let descriptor = self.parts().children.nudge_descriptor();
+        let _ = rustix::io::write(descriptor, &1u64.to_ne_bytes());
     }
 
     /// Ends every present and future [`LinuxSpace::wait`], until

@@ -17,15 +17,9 @@ use hmm_types::PageCount;
 use crate::host::Host;
 use crate::jobs::{Outcome, Request};
 
-/// How long a handler sleeps without events. Nothing depends on its looking again,
-/// and in test builds it does not: what was forgotten hangs there, and is found.
-/// Elsewhere that costs a second instead.
-const HANDLER_NAP_MS: Option<u32> = if cfg!(debug_assertions) {
-    None
-} else {
-    Some(1000)
-};
-/// The same while changes of mappings may still be under way.
+/// How long a handler sleeps without events while changes of mappings may still be
+/// under way. Otherwise it does not look again by itself: a timer costs each fault a
+/// few hundredths of its time.
 const UNSETTLED_NAP_MS: u32 = 1;
 /// How long one sleeps that is not on duty.
 const HANDLER_REST: Duration = Duration::from_secs(1);
@@ -78,12 +72,8 @@ pub(crate) fn handle(host: &'static Host, bounce: &Pages, number: usize) {
         while !(host.rota.is_on_duty(number) || has_work() || host.is_stopping()) {
             host.rota.rest(number, HANDLER_REST);
         }
-        let nap = if host.engine.is_unsettled() {
-            Some(UNSETTLED_NAP_MS)
-        } else {
-            HANDLER_NAP_MS
-        };
         if !has_work() {
+            let nap = host.engine.is_unsettled().then_some(UNSETTLED_NAP_MS);
             match host.space.wait(nap) {
                 Wakeup::Events => {}
                 Wakeup::Interrupted | Wakeup::TimedOut if host.is_stopping() => return,
@@ -152,10 +142,17 @@ fn carry_out(host: &Host, executor: &mut Executor, request: Request) -> Outcome 
 }
 
 /// Body of the watch: a hung fault is worse than an end with a message.
+///
+/// It also has a handler look for work now and then. Nothing depends on that, and in
+/// test builds it does not happen: what was forgotten hangs there, and is found.
+/// Elsewhere that costs a second instead.
 pub(crate) fn watch(host: &'static Host) {
     let mut seen = [(0u64, 0u32); 8];
     while !host.is_stopping() {
         host.nap(WATCH_NAP);
+        if !cfg!(debug_assertions) {
+            host.space.nudge();
+        }
         for (heartbeat, (last, looks)) in host.heartbeats.iter().zip(&mut seen) {
             let now = heartbeat.0.load(Ordering::Acquire);
             if now % 2 == 1 && now == *last {
