@@ -70,6 +70,7 @@ fn kind(mapped: &MappedMemory) -> &'static str {
         MemoryKind::PrivateAnonymous => "anonymous",
         MemoryKind::File if mapped.dax => "DAX file",
         MemoryKind::File => "file",
+        MemoryKind::Shared if mapped.shared_region => "shared region",
         MemoryKind::Shared => "shared",
         MemoryKind::HugeTlb => "hugetlbfs",
         _ => "special",

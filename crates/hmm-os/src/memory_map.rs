@@ -39,6 +39,8 @@ pub struct MappedMemory {
     pub locked: bool,
     /// Memory of hugetlbfs that was mapped without a file, for this process only.
     pub own_huge_pages: bool,
+    /// A region that an engine shares with other processes.
+    pub shared_region: bool,
     /// Some userfaultfd has it registered; an engine does so with what has
     /// migrated.
     pub watched: bool,
@@ -62,6 +64,7 @@ impl MappedMemory {
             }
             MemoryKind::PrivateAnonymous => None,
             MemoryKind::File => Some(StayReason::FileBacked),
+            MemoryKind::Shared if self.shared_region => None,
             MemoryKind::Shared => Some(StayReason::Shared),
             MemoryKind::HugeTlb if self.own_huge_pages && self.page_size.get() == BLOCK_SIZE => {
                 None
@@ -98,6 +101,7 @@ pub fn memory_of(pid: Option<u32>) -> io::Result<Vec<MappedMemory>> {
                 shared: vma.shared,
                 kind: vma.kind,
                 dax: vma.kind == MemoryKind::File && is_dax(&place, vma.range),
+                shared_region: is_region(&name),
                 name,
                 page_size: ByteCount::new(hmm_types::PAGE_SIZE),
                 own_huge_pages: vma.own_huge_pages,
@@ -163,6 +167,12 @@ fn name_of(line: &[u8]) -> String {
     rest.trim_start().to_owned()
 }
 
+/// By the name that its owner gave it: `/memfd:NAME (deleted)`.
+fn is_region(name: &str) -> bool {
+    let memfd = name.strip_prefix("/memfd:");
+    memfd.is_some_and(|rest| rest.split(' ').next() == Some(crate::shared::NAME))
+}
+
 /// By the file that is really mapped, whatever its name leads to by now.
 fn is_dax(process: &Path, range: PageRange) -> bool {
     const STATX_ATTR_DAX: u64 = 0x0020_0000;
@@ -220,6 +230,13 @@ mod tests {
         assert_eq!(mapped.stays(), None);
         mapped.page_size = ByteCount::mib(1024);
         assert_eq!(mapped.stays(), Some(StayReason::HugeTlb));
+    }
+
+    #[test]
+    fn regions_have_their_name() {
+        assert!(is_region("/memfd:hmm-shared (deleted)"));
+        assert!(!is_region("/memfd:hmm-shared-by-others (deleted)"));
+        assert!(!is_region("/tmp/hmm-shared"));
     }
 
     #[test]

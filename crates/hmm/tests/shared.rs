@@ -178,6 +178,12 @@ fn pages_leave_and_come_home_for_every_process() {
     map.check_zero(0, PAGES);
     map.fill(1);
     let mut peers = [Peer::start(NAME, &path), Peer::start(NAME, &path)];
+    for pid in [std::process::id(), peers[0].child.id()] {
+        let memory = hmm::memory_of(Some(pid)).unwrap();
+        let shown = memory.iter().find(|mapped| mapped.shared_region).unwrap();
+        assert_eq!(shown.range.pages(), region.range().pages());
+        assert_eq!(shown.stays(), None);
+    }
     for (peer, first) in peers.iter_mut().zip([0, 600]) {
         send(&hmm, region.range(), &device);
         assert_eq!(on_device(&hmm, region.range(), &device), PAGES as u64);

@@ -22,6 +22,9 @@ mod owner;
 mod peer;
 mod wire;
 
+/// What maps call a region's memfd.
+pub(crate) const NAME: &str = "hmm-shared";
+
 pub(crate) use owner::{Regions, peer_key};
 pub use owner::{Sharing, unmap};
 pub use peer::{AttachError, Attached, attach};

@@ -24,7 +24,7 @@ use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 use rustix::net::{Shutdown, shutdown};
 
-use super::wire;
+use super::{NAME, wire};
 use crate::message::{Message, translate};
 use crate::space::LinuxSpace;
 use crate::thread::EngineThread;
@@ -153,10 +153,7 @@ impl Regions {
 
     /// Makes a region, and maps it for the owner.
     fn add(&self, bytes: u64) -> io::Result<PageRange> {
-        let file = memfd_create(
-            "hmm-shared",
-            MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
-        )?;
+        let file = memfd_create(NAME, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         ftruncate(&file, bytes)?;
         fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW)?;
         let window = map(&file, bytes)?;
