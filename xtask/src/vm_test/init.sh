@@ -58,6 +58,9 @@ try mount -t xfs -o dax=always /dev/pmem1 /dax/xfs
 try /tools/mke2fs -q -F -t ext4 /dev/vda
 try mount -t ext4 /dev/vda /var/tmp
 echo 16 >/proc/sys/vm/nr_hugepages
+# Where maps are read as text (before Linux 6.11), that of a test which takes all
+# mappings that it may is to be read in seconds under emulation, too.
+echo 16384 >/proc/sys/vm/max_map_count
 try ifconfig lo 127.0.0.1 up
 
 export HMM_DAX_DIRS=/dax/ext4:/dax/xfs HMM_STRESS_SECONDS=15 TMPDIR=/var/tmp
