@@ -71,7 +71,7 @@ impl State {
             return Touch::Segv;
         }
         let page = address.page_floor();
-        if !memory.pages.contains_key(&page) {
+        if memory.page(page).is_none() {
             if vma.registered {
                 let kind = FaultKind::Missing;
                 self.queue.stop(space, thread, address, kind, access);
@@ -237,7 +237,14 @@ impl SimSpace {
         if vma.locked {
             return None;
         }
-        let part = vma.range.intersection(range)?;
+        let mut part = vma.range.intersection(range)?;
+        if vma.kind == MemoryKind::HugeTlb {
+            // Whole pages, from the start on. Others may have mapped them where the
+            // call has not been yet.
+            let whole = part.end().block_floor();
+            let fits = part.start().is_block_aligned() && part.start() < whole;
+            part = fits.then(|| PageRange::span(part.start(), whole))?;
+        }
         let event = vma
             .registered
             .then_some(Event::Remove { space, range: part });
@@ -328,6 +335,10 @@ impl SimSpace {
     pub fn pin(&self, page: VirtAddr) -> Option<u64> {
         let mut state = self.state();
         let pin = state.next_pin;
+        // Nobody can tell that a page of hugetlbfs is pinned.
+        if state.own().is_hugetlb(page) {
+            return None;
+        }
         let entry = state.own().pages.get_mut(&page)?;
         if entry.pin.is_some() || entry.cow_shared || entry.write_protected || entry.poisoned {
             return None;
@@ -388,12 +399,7 @@ impl SimSpace {
     #[must_use]
     pub fn peek(&self, space: SpaceId, page: VirtAddr) -> Option<Payload> {
         let state = self.state();
-        state
-            .memories
-            .get(&space)?
-            .pages
-            .get(&page)
-            .map(|page| page.data)
+        state.memories.get(&space)?.page(page).map(|page| page.data)
     }
 
     /// Whether a page's data may be on a device: a hole, or copied there and

@@ -68,6 +68,8 @@ pub struct SimConfig {
     /// Whether threads change mappings all the time, and those of others that
     /// they have come by.
     pub restless: bool,
+    /// Whether the program has pages of hugetlbfs.
+    pub huge_pages: bool,
     /// What the engine is opened with.
     pub settings: Settings,
 }
@@ -128,6 +130,8 @@ impl SimConfig {
             lose_devices: faulty && poison && rng.one_in(4),
             racy_requests: false,
             restless: rng.one_in(6),
+            // Drawn by itself, so that it changes nothing else of a seed.
+            huge_pages: SimRng::new(seed, 7).one_in(4),
             settings: Settings {
                 fault_granule: PageCount::new(1 << rng.below(6)),
                 device_granule: PageCount::new(1 << rng.below(8)),

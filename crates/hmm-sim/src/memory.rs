@@ -20,6 +20,16 @@ pub(crate) fn take_range<T>(
         .collect()
 }
 
+/// Whether memory of a kind belongs to one process alone.
+pub(crate) const fn is_private(kind: MemoryKind) -> bool {
+    matches!(kind, MemoryKind::PrivateAnonymous | MemoryKind::HugeTlb)
+}
+
+/// The 2 MiB around an address: a page of hugetlbfs, where it is one.
+pub(crate) fn block_of(address: VirtAddr) -> PageRange {
+    PageRange::from_pages(address.block_floor(), PageCount::from(PAGES_PER_BLOCK))
+}
+
 /// One mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Vma {
@@ -94,6 +104,17 @@ impl Memory {
         })
     }
 
+    /// Whether an address is in a page of hugetlbfs.
+    pub(crate) fn is_hugetlb(&self, address: VirtAddr) -> bool {
+        let vma = self.vma_at(address);
+        vma.is_some_and(|vma| vma.kind == MemoryKind::HugeTlb)
+    }
+
+    /// A page, if there is one.
+    pub(crate) fn page(&self, page: VirtAddr) -> Option<&Page> {
+        self.pages.get(&page).filter(|page| !page.left_protection)
+    }
+
     /// Whether every page of the range is mapped.
     pub(crate) fn covered(&self, range: PageRange) -> bool {
         let pages: PageCount = self.overlapping(range).map(|vma| vma.range.pages()).sum();
@@ -133,13 +154,18 @@ impl Memory {
         (vmas, take_range(&mut self.pages, range))
     }
 
-    /// Drops the private anonymous pages of a range.
+    /// Drops the private pages of a range. In hugetlbfs a protection stays.
     pub(crate) fn zap(&mut self, range: PageRange) {
         self.split_huge(range);
         let parts: Vec<_> = self.overlapping(range).collect();
         for vma in parts {
-            if vma.kind == MemoryKind::PrivateAnonymous {
-                take_range(&mut self.pages, vma.range);
+            if !is_private(vma.kind) {
+                continue;
+            }
+            for (address, page) in take_range(&mut self.pages, vma.range) {
+                if vma.kind == MemoryKind::HugeTlb && page.write_protected {
+                    self.pages.insert(address, Page::left_protection());
+                }
             }
         }
     }
@@ -164,9 +190,18 @@ impl Memory {
         }
     }
 
-    /// Fills a hole with zeros; a whole block when `huge` and one fits.
+    /// Fills a hole with zeros; a whole block when `huge` and one fits, and in
+    /// hugetlbfs.
     pub(crate) fn populate(&mut self, address: VirtAddr, huge: bool) {
-        let block = PageRange::from_pages(address.block_floor(), PageCount::from(PAGES_PER_BLOCK));
+        let block = block_of(address);
+        if self.is_hugetlb(address) {
+            for page in block.iter_pages() {
+                let old = self.pages.insert(page, Page::new(ZEROS));
+                let there = old.is_some_and(|old| !old.left_protection);
+                assert!(!there, "simulator: a part of {block} is there");
+            }
+            return;
+        }
         let fits =
             huge && self.vma_at(address).is_some_and(|vma| {
                 vma.range.encloses(block) && vma.kind == MemoryKind::PrivateAnonymous
@@ -212,7 +247,7 @@ impl Memory {
         let mut child = Self::default();
         for vma in self.vmas.values() {
             // Memory shared between processes is not modelled in children.
-            if vma.dont_fork || vma.engine_owned || vma.kind != MemoryKind::PrivateAnonymous {
+            if vma.dont_fork || vma.engine_owned || !is_private(vma.kind) {
                 continue;
             }
             let range = vma.range;
@@ -229,6 +264,9 @@ impl Memory {
                 continue;
             }
             for (&address, page) in self.pages.range_mut(range.start()..range.end()) {
+                if page.left_protection {
+                    continue;
+                }
                 let mut copy = Page::new(page.data);
                 copy.poisoned = page.poisoned;
                 child.pages.insert(address, copy);

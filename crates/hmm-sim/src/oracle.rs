@@ -6,7 +6,7 @@ use hmm_hal::SpaceId;
 use hmm_types::{Access, MemoryKind, PageRange, Permissions, VirtAddr};
 
 use crate::calls::ForkAdvice;
-use crate::memory::take_range;
+use crate::memory::{is_private, take_range};
 use crate::page::{Payload, ZEROS};
 use crate::rng::SimRng;
 
@@ -187,7 +187,7 @@ impl Oracle {
             return;
         };
         for (_, page) in pages.range_mut(range.start()..range.end()) {
-            if page.kind == MemoryKind::PrivateAnonymous {
+            if is_private(page.kind) {
                 page.allowed = vec![ZEROS];
             }
         }
@@ -212,7 +212,7 @@ impl Oracle {
         let pages = self
             .own()
             .iter()
-            .filter(|(_, page)| page.kind == MemoryKind::PrivateAnonymous)
+            .filter(|(_, page)| is_private(page.kind))
             .filter(|(_, page)| page.advice != Some(ForkAdvice::DontFork))
             .map(|(&address, page)| {
                 let mut page = page.clone();

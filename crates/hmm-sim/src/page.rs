@@ -23,6 +23,9 @@ pub(crate) struct Page {
     pub huge: bool,
     /// Not a page but a marker: touching it raises SIGBUS.
     pub poisoned: bool,
+    /// Not a page but a protection that it has left behind, as those of hugetlbfs
+    /// do: a hole that looks like a page.
+    pub left_protection: bool,
 }
 
 impl Page {
@@ -34,6 +37,15 @@ impl Page {
         }
     }
 
+    /// What a write-protected page of hugetlbfs leaves behind.
+    pub(crate) const fn left_protection() -> Self {
+        Self {
+            write_protected: true,
+            left_protection: true,
+            ..Self::new(ZEROS)
+        }
+    }
+
     pub(crate) const fn new(data: Payload) -> Self {
         Self {
             data,
@@ -42,6 +54,7 @@ impl Page {
             write_protected: false,
             huge: false,
             poisoned: false,
+            left_protection: false,
         }
     }
 }

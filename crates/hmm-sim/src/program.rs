@@ -10,6 +10,7 @@ use crate::actor::Kind;
 use crate::calls::{ForkAdvice, MapRequest};
 use crate::config::SimConfig;
 use crate::engine::Request;
+use crate::memory::block_of;
 use crate::oracle::{Flux, Oracle};
 use crate::page::SIM_PAGE_BYTES;
 use crate::rng::SimRng;
@@ -114,8 +115,16 @@ impl Chooser<'_> {
     fn choose_in_child(&self, rng: &mut SimRng, space: SpaceId) -> Op {
         match rng.below(40) {
             0 => Op::Exit,
-            1 => self.range(rng, space).map_or(Op::Idle, Op::DontNeed),
-            2 => self.range(rng, space).map_or(Op::Idle, Op::Unmap),
+            1 | 2 => {
+                let range = self.range(rng, space);
+                let changed = range.map(|range| self.changeable(space, range));
+                let op = if rng.one_in(2) {
+                    Op::DontNeed
+                } else {
+                    Op::Unmap
+                };
+                changed.map_or(Op::Idle, op)
+            }
             _ => self.access(rng, space, false),
         }
     }
@@ -127,7 +136,8 @@ impl Chooser<'_> {
         let Some(range) = self.range(rng, space) else {
             return self.map(rng);
         };
-        let steady = self.oracle.is_settled(space, range);
+        let changed = self.changeable(space, range);
+        let steady = self.oracle.is_settled(space, range) && self.oracle.is_settled(space, changed);
         let request = |request| {
             if steady || self.config.racy_requests {
                 Op::Request(request)
@@ -140,29 +150,31 @@ impl Chooser<'_> {
         let change = |op| if steady { op } else { Op::Idle };
         if self.config.restless && rng.one_in(3) {
             return change(match rng.below(6) {
-                0 => Op::Unmap(range),
-                1 => Op::MapOver(range),
-                2 => Op::DontNeed(range),
-                _ => self.remap(rng, range),
+                0 => Op::Unmap(changed),
+                1 => Op::MapOver(changed),
+                2 => Op::DontNeed(changed),
+                _ => self.remap(rng, changed),
             });
         }
         match rng.below(100) {
             0..10 if mapped < MAX_MAPPED_PAGES => self.map(rng),
-            10..14 => change(Op::Unmap(range)),
-            14..15 => change(Op::MapOver(range)),
-            15..19 => change(self.remap(rng, range)),
-            19..23 => change(Op::DontNeed(range)),
+            10..14 => change(Op::Unmap(changed)),
+            14..15 => change(Op::MapOver(changed)),
+            15..19 => change(self.remap(rng, changed)),
+            19..23 => change(Op::DontNeed(changed)),
             23..24 if self.config.fork_flags => {
                 let advice = if rng.one_in(2) {
                     ForkAdvice::DontFork
                 } else {
                     ForkAdvice::WipeOnFork
                 };
-                change(Op::AdviseFork(range, advice))
+                change(Op::AdviseFork(changed, advice))
             }
-            24..27 => change(Op::Protect(range, permissions(rng))),
-            27..28 => change(Op::Lock(range.slice(0, range.pages().get().min(16)))),
-            28..30 => change(Op::Unlock(range)),
+            24..27 => change(Op::Protect(changed, permissions(rng))),
+            27..28 if !self.is_hugetlb(space, range.start()) => {
+                change(Op::Lock(changed.slice(0, changed.pages().get().min(16))))
+            }
+            28..30 => change(Op::Unlock(changed)),
             // Without page moving, nobody can tell that a page is pinned.
             30..32 if self.config.capabilities.move_pages => change(Op::Pin(range.slice(0, 1))),
             32..34 => Op::Dma((rng.bits() & 0xff) as u8),
@@ -186,10 +198,15 @@ impl Chooser<'_> {
             1 => MemoryKind::Shared,
             _ => MemoryKind::PrivateAnonymous,
         };
-        let pages = if rng.one_in(8) {
-            PAGES_PER_BLOCK as u64
+        let (kind, pages) = if self.config.huge_pages && rng.one_in(6) {
+            (
+                MemoryKind::HugeTlb,
+                PAGES_PER_BLOCK as u64 * rng.between(1, 2),
+            )
+        } else if rng.one_in(8) {
+            (kind, PAGES_PER_BLOCK as u64)
         } else {
-            rng.between(1, 64)
+            (kind, rng.between(1, 64))
         };
         self.place(rng, pages).map_or(Op::Idle, |range| {
             Op::Map(MapRequest {
@@ -220,7 +237,29 @@ impl Chooser<'_> {
         })
     }
 
+    fn is_hugetlb(&self, space: SpaceId, address: VirtAddr) -> bool {
+        let page = self.oracle.page(space, address);
+        page.is_some_and(|page| page.kind == MemoryKind::HugeTlb)
+    }
+
+    /// The first pages of a range that one call can change: of hugetlbfs, the whole
+    /// page.
+    fn changeable(&self, space: SpaceId, range: PageRange) -> PageRange {
+        if self.is_hugetlb(space, range.start()) {
+            return block_of(range.start());
+        }
+        let mut pages = range.iter_pages();
+        match pages.position(|page| self.is_hugetlb(space, page)) {
+            Some(first) => range.slice(0, first as u64),
+            None => range,
+        }
+    }
+
     fn remap(&self, rng: &mut SimRng, from: PageRange) -> Op {
+        if self.is_hugetlb(SpaceId::OWN, from.start()) {
+            let to = self.place(rng, from.pages().get());
+            return to.map_or(Op::Idle, |to| Op::Remap(from, to));
+        }
         let pages = match rng.below(4) {
             0 => rng.between(1, from.pages().get()),
             1 => (from.pages().get() + rng.between(1, 16)).min(ARENA_PAGES / 2),

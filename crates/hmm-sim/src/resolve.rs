@@ -4,6 +4,7 @@
 use hmm_hal::{Progress, SpaceId, Stop};
 use hmm_types::{MemoryKind, PAGES_PER_BLOCK, PageCount, PageRange, VirtAddr};
 
+use crate::memory::{Memory, block_of};
 use crate::page::{Page, ZEROS};
 use crate::space::{SimSpace, State};
 
@@ -140,6 +141,13 @@ impl State {
         if self.again(space) {
             return stopped(0, Stop::Again);
         }
+        let hugetlb = self
+            .memories
+            .get(&space)
+            .is_some_and(|memory| memory.is_hugetlb(to.start()));
+        if hugetlb {
+            return self.fill_huge_pages(space, with, to);
+        }
         let mut progress = all(to);
         for (index, page) in (0..).zip(to.iter_pages()) {
             if let Err(stop) = self.fill_page(space, with, index, page) {
@@ -148,6 +156,37 @@ impl State {
             }
         }
         progress
+    }
+
+    /// The same in hugetlbfs, one whole page after the other. Zeros and poison for a
+    /// part of a page are for all of it: there is no less.
+    fn fill_huge_pages(&mut self, space: SpaceId, with: Filling, to: PageRange) -> Progress {
+        let first = block_of(to.start());
+        let to = match with {
+            Filling::Zeros | Filling::Poison if first.encloses(to) => first,
+            _ => to,
+        };
+        let once_in = self.rates.copy_no_memory;
+        for block in to.blocks() {
+            let done = block.start().pages_since(to.start());
+            if block.pages() != first.pages() {
+                return stopped(done, Stop::Incompatible);
+            }
+            let there = |memory: &Memory| memory.page(block.start()).is_some();
+            if self.memories.get(&space).is_some_and(there) {
+                return stopped(done, Stop::Exists);
+            }
+            // The pool is empty, or the page comes as a whole.
+            if self.rng.one_in(once_in) {
+                return stopped(done, Stop::NoMemory);
+            }
+            for (index, page) in (done..).zip(block.iter_pages()) {
+                if let Err(stop) = self.fill_page(space, with, index, page) {
+                    return stopped(done, stop);
+                }
+            }
+        }
+        all(to)
     }
 
     fn fill_page(
@@ -175,10 +214,10 @@ impl State {
         if !vma.registered {
             return Err(Stop::NotMapped);
         }
-        if no_memory {
+        if no_memory && vma.kind != MemoryKind::HugeTlb {
             return Err(Stop::NoMemory);
         }
-        if memory.pages.contains_key(&to) {
+        if memory.page(to).is_some() {
             return Err(Stop::Exists);
         }
         memory.pages.insert(to, fresh);
@@ -190,14 +229,30 @@ impl State {
             return stopped(0, Stop::Again);
         }
         let own = self.own();
+        let block = block_of(range.start());
+        if own.is_hugetlb(range.start()) && block.encloses(range) && block != range {
+            let protected = self.write_protect(block, on);
+            return match protected.stop {
+                None => all(range),
+                Some(_) => protected,
+            };
+        }
         let mut progress = all(range);
         for (index, page) in (0..).zip(range.iter_pages()) {
             if !own.vma_at(page).is_some_and(|vma| vma.registered) {
                 progress = stopped(index, Stop::NotMapped);
                 break;
             }
-            if let Some(entry) = own.pages.get_mut(&page) {
-                entry.write_protected = on;
+            let hugetlb = own.is_hugetlb(page);
+            match own.pages.get_mut(&page) {
+                Some(entry) if entry.left_protection && !on => {
+                    own.pages.remove(&page);
+                }
+                Some(entry) => entry.write_protected = on,
+                None if hugetlb && on => {
+                    own.pages.insert(page, Page::left_protection());
+                }
+                None => {}
             }
         }
         if !on && progress.done > PageCount::ZERO {

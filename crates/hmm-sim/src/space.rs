@@ -175,7 +175,7 @@ impl SimSpace {
     pub fn host_read(&self, page: VirtAddr) -> Option<Payload> {
         let mut state = self.state();
         state.bounce_in(page);
-        let entry = state.own().pages.get(&page);
+        let entry = state.own().page(page);
         let data = entry.filter(|page| !page.poisoned).map(|page| page.data);
         assert!(
             data.is_some() || !Self::is_engine_memory(page),
@@ -224,6 +224,15 @@ impl SimSpace {
             last != Touch::Stopped
         });
         last
+    }
+
+    fn moves_huge_pages(&self) -> bool {
+        let Capabilities {
+            write_protect,
+            fork_events,
+            ..
+        } = self.shared.capabilities;
+        write_protect && fork_events
     }
 
     fn hook(&self, point: HookPoint) {
@@ -301,7 +310,7 @@ impl AddressSpace for SimSpace {
         };
         for (vma, whole) in vmas {
             visit(Mapping {
-                huge_pages: false,
+                huge_pages: vma.kind == MemoryKind::HugeTlb && self.moves_huge_pages(),
                 shared_region: false,
                 range: vma.range,
                 whole,
@@ -376,9 +385,11 @@ impl AddressSpace for SimSpace {
         let mut state = self.state();
         let own = state.own();
         own.change(range, |vma| vma.registered = false);
-        for (_, page) in own.pages.range_mut(range.start()..range.end()) {
-            page.write_protected = false;
-        }
+        own.pages.retain(|&address, page| {
+            let here = range.contains(address);
+            page.write_protected &= !here;
+            !(here && page.left_protection)
+        });
         state.queue.wake(SpaceId::OWN, range);
     }
 
