@@ -5,6 +5,8 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use hmm_types::{PAGE_SIZE, PageRange};
 use rustix::fs::{SeekFrom, seek};
@@ -45,6 +47,8 @@ pub struct Attached {
     threads: EngineThreads,
     stream: Option<UnixStream>,
     watch: Option<EngineThread>,
+    /// This process lets go: the end of the connection is not the owner's.
+    ending: Arc<AtomicBool>,
 }
 
 impl Attached {
@@ -57,6 +61,7 @@ impl Attached {
 
 impl Drop for Attached {
     fn drop(&mut self) {
+        self.ending.store(true, Ordering::Release);
         unmap(self.window);
         let stream = self.stream.take();
         self.threads.run_on_root(move || {
@@ -77,12 +82,14 @@ impl Drop for Attached {
 /// [`AttachError`]; then nothing was changed.
 pub fn attach(path: &Path) -> Result<Attached, AttachError> {
     let threads = EngineThreads::start()?;
+    let ending = Arc::new(AtomicBool::new(false));
     let (window, stream, watch) = threads.run_on_root(|| {
         let (stream, file, bytes) = connect(path)?;
         let window = map(&file, bytes).map_err(AttachError::Map)?;
         let joined = join(&stream, window).and_then(|uffd| {
             let (own, file) = (stream.try_clone()?, file);
-            let body = move || watch(&own, &uffd, &file, window);
+            let ending = Arc::clone(&ending);
+            let body = move || watch(&own, &ending, &uffd, &file, window);
             Ok(threads.spawn("hmm-attached", None, body)?)
         });
         match joined {
@@ -98,6 +105,7 @@ pub fn attach(path: &Path) -> Result<Attached, AttachError> {
         threads,
         stream: Some(stream),
         watch: Some(watch),
+        ending,
     })
 }
 
@@ -130,8 +138,9 @@ fn join(stream: &UnixStream, window: PageRange) -> Result<Uffd, AttachError> {
 }
 
 /// Body of the thread that waits for the owner's end.
-fn watch(stream: &UnixStream, uffd: &Uffd, file: &OwnedFd, window: PageRange) {
+fn watch(stream: &UnixStream, ending: &AtomicBool, uffd: &Uffd, file: &OwnedFd, window: PageRange) {
     match wire::receive(stream, wire::BYE) {
+        _ if ending.load(Ordering::Acquire) => {}
         // Everything is home: from now on this is memory like any other.
         Ok(_) => drop(uffd.unregister(window)),
         // What the owner had on its devices went with it, and must not read as
