@@ -111,7 +111,7 @@ impl Engine<'_> {
                     } => Source::Staging(staged),
                     PageState::System
                     | PageState::Discarded
-                    | PageState::Copying
+                    | PageState::Copying { .. }
                     | PageState::Uploading { source: None } => continue,
                 };
                 owed.push(Owed {

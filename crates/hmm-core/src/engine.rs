@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use hmm_hal::{AddressSpace, Capabilities, Clock, Device};
 use hmm_sync::{Condvar, Mutex, Rank, RwLock};
-use hmm_types::{BLOCK_PAGES, ByteCount, DeviceId, PageCount, PageRange, StayReason, VirtAddr};
+use hmm_types::{
+    BLOCK_PAGES, ByteCount, DeviceId, MemoryKind, PageCount, PageRange, StayReason, VirtAddr,
+};
 
 use crate::ahead::Ahead;
 use crate::children::Children;
@@ -493,6 +495,17 @@ impl<'env> Engine<'env> {
             !map.order.is_settled(),
             "handlers look for the end of changes that have ended"
         );
+        if !self.space.is_quiet() {
+            return;
+        }
+        for piece in map.pieces() {
+            let hugetlb = map.block(piece.block).is_hugetlb();
+            let _ = self.space.mappings(piece.range(), &mut |mapping| {
+                let now = mapping.kind == MemoryKind::HugeTlb;
+                let range = mapping.range;
+                assert_eq!(hugetlb, now, "{range} is taken for something else");
+            });
+        }
     }
 }
 

@@ -157,12 +157,8 @@ impl Engine<'_> {
         }
         let known: PageCount = map.overlapping(range).map(|p| p.range().pages()).sum();
         if known < range.pages() {
-            self.space.registered(range, &mut |part| {
-                assert!(
-                    map.insert(part, false),
-                    "more mappings than the engine can watch"
-                );
-            });
+            let adopted = self.adopt(map, range);
+            assert!(adopted, "more mappings than the engine can watch");
         }
         for piece in map.overlapping(range) {
             let mut inner = map.block(piece.block).lock();
@@ -205,7 +201,7 @@ impl Engine<'_> {
                 PageState::Dropping { .. } if state == PageState::Discarded => {
                     inner.note_dropped(index);
                 }
-                PageState::Copying
+                PageState::Copying { .. }
                 | PageState::Dropping { .. }
                 | PageState::Dropped { .. }
                 | PageState::Uploading { .. }

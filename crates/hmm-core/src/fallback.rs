@@ -181,8 +181,9 @@ impl Engine<'_> {
         }
         self.invalidate(inner, range);
         let pages = u32::try_from(unguarded).unwrap_or(0);
-        for index in piece.first..piece.first + pages {
-            inner.set(index, PageState::Copying);
+        for offset in 0..pages {
+            let data = present.contains(offset as usize);
+            inner.set(piece.first + offset, PageState::Copying { data });
         }
         let flight = Flight {
             block: piece.block,

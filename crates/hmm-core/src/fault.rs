@@ -121,15 +121,28 @@ impl Engine<'_> {
                     _ => Found::Wake,
                 }
             }
-            // The program dropped the page under the copy that still reads it.
-            PageState::Copying if entry.doomed() && fault.kind == FaultKind::Missing => {
-                match self
-                    .space
-                    .zero_pages(SpaceId::OWN, piece.range().slice(0, 1))
-                    .stop
-                {
+            // The program has dropped the page under the copy that still reads it; or
+            // it had said before that it would, and only gets to it now. It is the
+            // program's: zeros, which are not to be dropped once more.
+            PageState::Copying { data }
+                if (data || entry.doomed()) && fault.kind == FaultKind::Missing =>
+            {
+                let all = map.undivided(piece);
+                let dropped = if block.is_hugetlb() {
+                    all.first..all.first + all.pages
+                } else {
+                    piece.first..piece.first + 1
+                };
+                let range = piece.range().slice(0, 1);
+                match self.space.zero_pages(SpaceId::OWN, range).stop {
                     Some(Stop::Again) => Found::Again,
-                    _ => Found::Wake,
+                    Some(Stop::NoMemory) => Found::Later,
+                    // Somebody was quicker, or has seen less than there is now.
+                    Some(_) => Found::Wake,
+                    None => {
+                        dropped.for_each(|index| inner.doom(index));
+                        Found::Wake
+                    }
                 }
             }
             PageState::Device { .. } | PageState::Staged { .. } => {
@@ -144,7 +157,7 @@ impl Engine<'_> {
                     piece.range().slice(0, 1)
                 })
             }
-            PageState::Copying
+            PageState::Copying { .. }
             | PageState::Dropping { .. }
             | PageState::Dropped { .. }
             | PageState::Uploading { .. }
@@ -196,6 +209,13 @@ impl Engine<'_> {
     fn fill_hole(&self, map: &SpaceMap, inner: &mut BlockInner, piece: Piece) -> Progress {
         self.stats.zero_faults.fetch_add(1, Relaxed);
         let (piece, most) = if map.block(piece.block).is_hugetlb() {
+            // All of it is filled: nobody may have a part of it in hand still.
+            if inner.in_flight() > 0 {
+                return Progress {
+                    done: PageCount::ZERO,
+                    stop: Some(Stop::Again),
+                };
+            }
             (map.undivided(piece), BLOCK_PAGES)
         } else {
             (piece, ZERO_PAGES)

@@ -82,7 +82,8 @@ pub(crate) struct BlockInner {
     /// No page of the block has been the kernel's to take since it was registered:
     /// see [`AddressSpace::may_have_freed_pages`](hmm_hal::AddressSpace).
     pub(crate) kept: bool,
-    /// A page of hugetlbfs was write-protected and has not been placed anew since.
+    /// A page of hugetlbfs may have been write-protected, and was not placed anew
+    /// since.
     pub(crate) protected: bool,
     /// Devices (one bit each) that map pages of the block in place.
     pub(crate) in_place: u16,
@@ -250,7 +251,8 @@ impl Block {
                     last_use: 0,
                     last_departure: 0,
                     kept: false,
-                    protected: false,
+                    // Its memory may have been registered before.
+                    protected: hugetlb,
                     in_place: 0,
                 },
             ),
@@ -693,7 +695,9 @@ mod tests {
         let mut map = SpaceMap::new();
         map.insert(range(512, 512), false);
         let piece = map.find(VirtAddr::new(512 * 4096)).unwrap();
-        map.block(piece.block).lock().set(0, PageState::Copying);
+        map.block(piece.block)
+            .lock()
+            .set(0, PageState::Copying { data: true });
         let taken = map.remove(range(512, 512), |_, _| {});
         map.release_blocks(&taken);
         map.insert(range(512, 512), false);

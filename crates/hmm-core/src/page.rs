@@ -33,7 +33,8 @@ pub(crate) enum PageState {
 
     /// In flight to a device, still in place and write-protected: where pages
     /// cannot be moved they are copied, then dropped.
-    Copying,
+    /// Whether there was a page, or a hole that becomes zeros.
+    Copying { data: bool },
     /// The same page, copied to a frame; the engine is about to drop it and the
     /// kernel will report that.
     Dropping { device: DeviceId, frame: FrameId },
@@ -52,7 +53,7 @@ impl PageState {
     pub(crate) const fn in_flight(self) -> bool {
         matches!(
             self,
-            Self::Copying
+            Self::Copying { .. }
                 | Self::Dropping { .. }
                 | Self::Dropped { .. }
                 | Self::Uploading { .. }
@@ -70,7 +71,7 @@ impl PageState {
             | Self::Dropped { device, .. }
             | Self::Downloading { device, .. }
             | Self::Transferring { device, .. } => Some(device),
-            Self::System | Self::Discarded | Self::Copying | Self::Uploading { .. } => None,
+            Self::System | Self::Discarded | Self::Copying { .. } | Self::Uploading { .. } => None,
         }
     }
 
@@ -102,7 +103,7 @@ impl PageEntry {
             PageState::Discarded => (1, 0, 0),
             PageState::Device { device, frame } => (2, device.index(), frame.get()),
             PageState::Staged { device, page } => (3, device.index(), page.get()),
-            PageState::Copying => (4, 0, 0),
+            PageState::Copying { data } => (4, 0, if data { 1 } else { 0 }),
             PageState::Uploading { source: Some(page) } => (5, 0, page.get()),
             PageState::Uploading { source: None } => (5, 0, NO_PAGE),
             PageState::Downloading { device, frame } => (6, device.index(), frame.get()),
@@ -132,7 +133,7 @@ impl PageEntry {
                 device: device(),
                 page: StagingPage::new(index),
             },
-            4 => PageState::Copying,
+            4 => PageState::Copying { data: index != 0 },
             5 => PageState::Uploading {
                 source: (index != NO_PAGE).then(|| StagingPage::new(index)),
             },
@@ -209,7 +210,8 @@ mod tests {
                 PageState::Discarded,
                 PageState::Device { device, frame },
                 PageState::Staged { device, page },
-                PageState::Copying,
+                PageState::Copying { data: true },
+                PageState::Copying { data: false },
                 PageState::Dropping { device, frame },
                 PageState::Dropped { device, frame },
                 PageState::Uploading { source: None },

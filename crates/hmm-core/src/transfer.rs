@@ -32,7 +32,8 @@ impl Engine<'_> {
             Err(_) => return Passed::new(want, Fate::Stayed(StayReason::DeviceLost)),
         };
         let mut sources = [FrameId::new(0); BOUNCE_LEN];
-        let Some(flight) = self.claim_transfer(range, from, frames, &mut sources) else {
+        let Some(flight) = self.claim_transfer(range, from, target.device, frames, &mut sources)
+        else {
             slot.device.free(frames);
             return Passed::new(1, Fate::Busy);
         };
@@ -74,11 +75,16 @@ impl Engine<'_> {
         &self,
         range: PageRange,
         from: DeviceId,
+        to: DeviceId,
         frames: FrameRange,
         sources: &mut [FrameId],
     ) -> Option<Flight> {
         let map = self.gate.read();
         let piece = map.find(range.start())?;
+        // All of it is on one device, whatever it was taken for.
+        if map.block(piece.block).is_hugetlb() && from != to {
+            return None;
+        }
         let mut inner = map.block(piece.block).lock();
         let inner = &mut *inner;
         let most = u64::from(piece.pages.min(frames.count())).min(range.pages().get());

@@ -267,6 +267,11 @@ impl Engine<'_> {
             return Err(stayed(StayReason::Raced));
         };
         let block = map.block(piece.block);
+        // The program has put it there since the mapping was judged; its holes could
+        // be taken one by one, and would never come home again.
+        if block.is_hugetlb() {
+            return Err(stayed(StayReason::Raced));
+        }
         let mut inner = block.lock();
         let inner = &mut *inner;
         let most = piece

@@ -2,7 +2,7 @@
 
 use hmm_hal::{Mapping, RegisterError};
 use hmm_sync::WriteGuard;
-use hmm_types::{PAGE_SIZE, PageCount, PageRange, StayReason, VirtAddr};
+use hmm_types::{MemoryKind, PAGE_SIZE, PageCount, PageRange, StayReason, VirtAddr};
 
 use crate::engine::Engine;
 use crate::executor::Executor;
@@ -19,15 +19,16 @@ impl Engine<'_> {
         executor: &mut Executor,
         mapping: &Mapping,
     ) -> Option<StayReason> {
+        // Also where it is registered already: it may have been for another reason.
+        if mapping.huge_pages && !self.rooms.prepare() {
+            return Some(StayReason::NoSystemMemory);
+        }
         if self.registered_pages(mapping.range) == mapping.range.pages() {
             return None;
         }
         let Some(_departure) = self.depart() else {
             return Some(StayReason::Cancelled);
         };
-        if mapping.huge_pages && !self.rooms.prepare() {
-            return Some(StayReason::NoSystemMemory);
-        }
         for _ in 0..TRIES {
             let Some(mut map) = self.gate_when_quiet(executor) else {
                 return Some(StayReason::Busy);
@@ -84,7 +85,7 @@ impl Engine<'_> {
         if same && map.insert(range, judged.huge_pages) {
             return Ok(true);
         }
-        self.undo(map, range, judged.huge_pages);
+        self.undo(map, range);
         if same {
             return Err(StayReason::Limit);
         }
@@ -105,7 +106,7 @@ impl Engine<'_> {
     }
 
     /// Only what was registered before stays so. Nothing of the rest has left yet.
-    fn undo(&self, map: &mut SpaceMap, range: PageRange, huge_pages: bool) {
+    fn undo(&self, map: &mut SpaceMap, range: PageRange) {
         let mut next = range.start();
         for piece in map.overlapping(range) {
             if next < piece.start {
@@ -124,13 +125,25 @@ impl Engine<'_> {
         // after all, and the event finds them.
         for mapping in self.mappings_of(range).into_iter().flatten() {
             if Self::immovable(&mapping).is_none() && self.space.register(mapping.range).is_ok() {
-                self.space.registered(mapping.range, &mut |part| {
-                    // With no room for it, it is registered memory without a
-                    // piece, which the event gives it.
-                    let _ = map.insert(part, huge_pages);
-                });
+                // With no room for it, it is registered memory without a piece,
+                // which the event gives it.
+                let _ = self.adopt(map, mapping.range);
             }
         }
+    }
+
+    /// Makes pieces for what of a range is registered and has none. False when there
+    /// would be too many.
+    pub(crate) fn adopt(&self, map: &mut SpaceMap, range: PageRange) -> bool {
+        let mut room = true;
+        for mapping in self.mappings_of(range).into_iter().flatten() {
+            // As it is now, which need not be what was there a moment ago.
+            let hugetlb = mapping.kind == MemoryKind::HugeTlb;
+            self.space.registered(mapping.range, &mut |part| {
+                room &= map.insert(part, hugetlb);
+            });
+        }
+        room
     }
 
     /// All of the mapping that has the judged range now, if it is still of the

@@ -162,6 +162,7 @@ impl State {
     /// part of a page are for all of it: there is no less.
     fn fill_huge_pages(&mut self, space: SpaceId, with: Filling, to: PageRange) -> Progress {
         let first = block_of(to.start());
+        let asked = to.pages();
         let to = match with {
             Filling::Zeros | Filling::Poison if first.encloses(to) => first,
             _ => to,
@@ -186,7 +187,10 @@ impl State {
                 }
             }
         }
-        all(to)
+        Progress {
+            done: asked,
+            stop: None,
+        }
     }
 
     fn fill_page(

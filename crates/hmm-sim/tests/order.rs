@@ -394,6 +394,111 @@ fn a_drop_announced_by_memory_that_is_let_go_is_remembered() {
     }
 }
 
+/// While a mapping is being registered, the program puts a page of hugetlbfs in its
+/// place; and another change is under way, so that what was registered stays so.
+/// It is a page of hugetlbfs then, and not many small ones.
+#[test]
+fn what_is_let_go_is_registered_as_what_it_is() {
+    let mut config = config();
+    config.frames = 1024;
+    // What comes home for a page is that page, or all of one of hugetlbfs.
+    config.settings.fault_granule = PageCount::ONE;
+    config.settings.readahead = false;
+    let process = Process::with(config);
+    let block = PageCount::from(PAGES_PER_BLOCK);
+    let range = PageRange::from_pages(ARENA_START.plus_pages(block.get()), block);
+    let (other, device) = (pages(0), DeviceId::new(0));
+    process.on_device(other, 1);
+    process.map(range, 2);
+    let calls = AtomicU32::new(0);
+    let change = Arc::new(std::sync::Mutex::new(None));
+    let (space, told) = (process.space.clone(), Arc::clone(&change));
+    let engine = Arc::downgrade(&process.engine);
+    process.space.set_hook(Some(Arc::new(move |point| {
+        if point.needs_reader()
+            && let Some(engine) = engine.upgrade()
+        {
+            engine.read();
+        }
+        if point == HookPoint::Register && calls.fetch_add(1, Ordering::Relaxed) == 0 {
+            let untold = space.munmap(SpaceId::OWN, range).is_none();
+            assert!(untold, "it is not registered");
+            space.mmap(MapRequest {
+                range,
+                kind: MemoryKind::HugeTlb,
+                foreign: false,
+            });
+            let ticket = space.dontneed(SpaceId::OWN, other).unwrap().1;
+            *told.lock().unwrap() = Some(ticket.expect("it is registered"));
+        }
+    })));
+    process.engine.request(Request::Migrate(range, device));
+    let ticket = change.lock().unwrap().expect("it was being registered");
+    while process.space.is_unread(ticket) {
+        process.engine.read();
+    }
+    process.space.zap(SpaceId::OWN, other);
+    process.engine.check();
+    // From the end on: what is filled with zeros is all of it.
+    for page in [block.get() - 1, 0] {
+        assert_eq!(process.value(range.start().plus_pages(page)), 0);
+    }
+    process.engine.request(Request::Migrate(range, device));
+    assert_eq!(process.space.peek(SpaceId::OWN, range.start()), None);
+    for page in range.iter_pages() {
+        assert_eq!(process.value(page), 0, "{page}");
+    }
+}
+
+/// The program has said that it drops pages, and does so only when one of them was
+/// touched again and is being copied to the device: who reads it there finds a hole,
+/// and must not wait for its own end.
+#[test]
+fn a_drop_that_comes_under_a_copy_holds_up_nobody() {
+    let mut config = config();
+    config.capabilities.write_protect = true;
+    config.frames = 1024;
+    let process = Process::with(config);
+    // Copied a few pages at a time.
+    let range = PageRange::from_pages(ARENA_START, PageCount::from(PAGES_PER_BLOCK));
+    let device = DeviceId::new(0);
+    let announced = Arc::new(AtomicBool::new(false));
+    let (space, told) = (process.space.clone(), Arc::clone(&announced));
+    let engine = Arc::downgrade(&process.engine);
+    process.space.set_hook(Some(Arc::new(move |point| {
+        if point == HookPoint::Submit && told.swap(false, Ordering::Relaxed) {
+            space.zap(SpaceId::OWN, range);
+        }
+        let Some(engine) = engine.upgrade() else {
+            return;
+        };
+        if point.needs_reader() {
+            engine.read();
+        }
+        if point == HookPoint::WaitForFault {
+            engine.work();
+        }
+    })));
+    process.space.mmap(MapRequest {
+        range,
+        kind: MemoryKind::HugeTlb,
+        foreign: false,
+    });
+    process.engine.request(Request::Migrate(range, device));
+    let ticket = process.space.dontneed(SpaceId::OWN, range).unwrap().1;
+    let ticket = ticket.expect("it is registered");
+    while process.space.is_unread(ticket) {
+        process.engine.read();
+    }
+    assert_eq!(process.value(range.start()), 0);
+    announced.store(true, Ordering::Relaxed);
+    process.engine.request(Request::Migrate(range, device));
+    assert!(!announced.load(Ordering::Relaxed), "it was dropped");
+    for page in range.iter_pages() {
+        assert_eq!(process.value(page), 0, "{page} was dropped");
+    }
+}
+
 /// A handler has read a fault in memory that has nothing away, and does not get to
 /// run. Meanwhile other memory is mapped there, and goes to the device: it gets no
 /// zeros.
