@@ -123,24 +123,19 @@ impl Engine<'_> {
             }
             // The program has dropped the page under the copy that still reads it; or
             // it had said before that it would, and only gets to it now. It is the
-            // program's: zeros, which are not to be dropped once more.
+            // program's: zeros, which are not to be dropped once more. Not in
+            // hugetlbfs, where to try that lifts the protection of a page that is
+            // there after all: the fault may be an old one.
             PageState::Copying { data }
-                if (data || entry.doomed()) && fault.kind == FaultKind::Missing =>
+                if (data && !block.is_hugetlb() || entry.doomed())
+                    && fault.kind == FaultKind::Missing =>
             {
-                let all = map.undivided(piece);
-                let dropped = if block.is_hugetlb() {
-                    all.first..all.first + all.pages
-                } else {
-                    piece.first..piece.first + 1
-                };
                 let range = piece.range().slice(0, 1);
                 match self.space.zero_pages(SpaceId::OWN, range).stop {
                     Some(Stop::Again) => Found::Again,
-                    Some(Stop::NoMemory) => Found::Later,
-                    // Somebody was quicker, or has seen less than there is now.
                     Some(_) => Found::Wake,
                     None => {
-                        dropped.for_each(|index| inner.doom(index));
+                        inner.doom(piece.first);
                         Found::Wake
                     }
                 }
