@@ -205,15 +205,14 @@ impl Engine<'_> {
     /// Whether the whole span is one transparent huge page: if one page of it is a
     /// part of one, all are. To look at all would take as long as to move some.
     fn is_huge(&self, span: PageRange) -> bool {
+        if span.pages().index() != PAGES_PER_BLOCK {
+            return false;
+        }
         let mut huge = false;
-        span.pages().index() == PAGES_PER_BLOCK
-            && self
-                .space
-                .presence(span.slice(0, 1), &mut |_, presence| {
-                    huge = presence == Presence::Present { huge: true };
-                })
-                .is_ok()
-            && huge
+        let seen = self.space.presence(span.slice(0, 1), &mut |_, presence| {
+            huge = presence == Presence::Present { huge: true };
+        });
+        seen.is_ok() && huge
     }
 
     /// Makes pages the program's again that the kernel may take at any moment:

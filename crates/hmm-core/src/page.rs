@@ -32,8 +32,8 @@ pub(crate) enum PageState {
     Staged { device: DeviceId, page: StagingPage },
 
     /// In flight to a device, still in place and write-protected: where pages
-    /// cannot be moved they are copied, then dropped.
-    /// Whether there was a page, or a hole that becomes zeros.
+    /// cannot be moved they are copied, then dropped. `data`: there was a page when
+    /// it was claimed, and no hole.
     Copying { data: bool },
     /// The same page, copied to a frame; the engine is about to drop it and the
     /// kernel will report that.
