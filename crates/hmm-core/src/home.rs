@@ -169,22 +169,22 @@ impl Poisons {
 }
 
 /// Pages of a block whose states are `Downloading`, owned by the step.
-struct Claim<'a> {
+pub(crate) struct Claim<'a> {
     block: BlockId,
-    first: u32,
-    pages: u32,
-    device: DeviceId,
+    pub(crate) first: u32,
+    pub(crate) pages: u32,
+    pub(crate) device: DeviceId,
     frames: &'a [FrameId],
     huge: bool,
     /// Pages of a huge page of hugetlbfs that the caller has asked about; all of
     /// it comes.
-    part_of_hugetlb: Option<u32>,
+    pub(crate) part_of_hugetlb: Option<u32>,
 }
 
 impl Claim<'_> {
     /// The frames of pages `from..from + pages` as runs, each with the index of
     /// its first page counted from `from`.
-    fn runs(&self, from: u32, pages: u32) -> impl Iterator<Item = (u32, FrameRange)> {
+    pub(crate) fn runs(&self, from: u32, pages: u32) -> impl Iterator<Item = (u32, FrameRange)> {
         let frames = &self.frames[from as usize..(from + pages) as usize];
         let mut next = 0u32;
         std::iter::from_fn(move || {
@@ -297,7 +297,7 @@ impl Engine<'_> {
         let mut attempt = 0;
         let mut frames = [FrameId::new(0); PAGES_PER_BLOCK];
         let claim = loop {
-            match self.claim_home(range, home, &mut step, &mut frames) {
+            match self.claim_home(executor, range, home, &mut step, &mut frames) {
                 Claimed::Nothing => return step,
                 Claimed::Again => {
                     if !self.wait_for_events(executor, attempt) {
@@ -307,6 +307,16 @@ impl Engine<'_> {
                     }
                     attempt += 1;
                     step = Step::default();
+                }
+                Claimed::Came { pages, to_wake } => {
+                    if let Some(place) = to_wake {
+                        self.space.wake(SpaceId::OWN, place);
+                    }
+                    step.passed += pages;
+                    step.moved = pages;
+                    self.stats.pages_to_system.fetch_add(pages, Relaxed);
+                    self.transition_ended();
+                    return step;
                 }
                 Claimed::Pages(claim) => break claim,
             }
@@ -367,10 +377,11 @@ impl Engine<'_> {
         step
     }
 
-    /// Finds the first run of pages that are away and claims it. Staged pages
-    /// are put back at once: that needs no copy.
+    /// Finds the first run of pages that are away and claims it, unless it can come
+    /// at once.
     fn claim_home<'a>(
         &self,
+        executor: &Executor,
         range: PageRange,
         home: Home,
         step: &mut Step,
@@ -462,56 +473,13 @@ impl Engine<'_> {
         let place = place.slice(0, u64::from(pages));
         self.notifiers.lock().invalidate(place);
         self.devices.slot(device).device.unmap(place);
+        if let Some(came) = self.bring_at_once(executor, inner, &claim, place) {
+            return came;
+        }
         for (index, &frame) in (first..).zip(claim.frames) {
             inner.set(index, PageState::Downloading { device, frame });
         }
         Claimed::Pages(claim)
-    }
-
-    /// Puts one staged page back in place.
-    fn unstage(
-        &self,
-        inner: &mut BlockInner,
-        index: u32,
-        place: PageRange,
-        page: StagingPage,
-        step: &mut Step,
-    ) -> Claimed<'static> {
-        let from = PageRange::from_pages(self.staging.lock().address(page), PageCount::ONE);
-        self.invalidate(inner, place);
-        let mut progress = self.space.move_pages(from, place.start());
-        let moved = progress.stop.is_none();
-        if matches!(progress.stop, Some(Stop::Incompatible | Stop::Busy)) {
-            progress = self.space.copy_pages(SpaceId::OWN, from.start(), place);
-        }
-        match progress.stop {
-            None => {
-                inner.set(index, PageState::System);
-                if moved {
-                    self.staging.lock().put(page, false);
-                } else {
-                    self.staging.lock().put_used(page, self.reuses_pages());
-                }
-                self.space.wake(SpaceId::OWN, place);
-                step.passed += 1;
-                step.moved += 1;
-                self.stats.pages_to_system.fetch_add(1, Relaxed);
-                Claimed::Nothing
-            }
-            Some(Stop::Gone) => {
-                step.passed += 1;
-                Claimed::Nothing
-            }
-            Some(Stop::Exists) if self.is_guarded(place) => {
-                inner.set(index, PageState::System);
-                self.staging.lock().put_used(page, self.reuses_pages());
-                self.space.wake(SpaceId::OWN, place);
-                step.passed += 1;
-                Claimed::Nothing
-            }
-            Some(Stop::Again | Stop::NoMemory | Stop::NotMapped) => Claimed::Again,
-            Some(stop) => unreachable!("a staged page cannot go back to {place}: {stop:?}"),
-        }
     }
 
     /// Where to copy the next pages of a claim.
@@ -903,10 +871,17 @@ impl Engine<'_> {
     }
 }
 
-enum Claimed<'a> {
+/// What a look for pages that are away came to.
+pub(crate) enum Claimed<'a> {
     /// There is nothing to copy; the step says how far it looked.
     Nothing,
     Again,
+    /// So many pages have come already. Who waits for some is to be woken when no
+    /// lock is held any more.
+    Came {
+        pages: u64,
+        to_wake: Option<PageRange>,
+    },
     Pages(Claim<'a>),
 }
 

@@ -8,7 +8,8 @@
 //! 2. [`Engine::serve`] takes the faults one by one (`fault.rs`): block and page
 //!    state say where the data is.
 //! 3. A page on a device is brought home (`home.rs`): unmapped from the device,
-//!    copied with no lock held, put in place and committed.
+//!    copied with no lock held, put in place and committed; or copied straight from
+//!    the device's memory, if the CPU can read that (`direct.rs`).
 //!
 //! # Modules
 //! | module | noun |
@@ -18,7 +19,7 @@
 //! | `staging` | the pool of recycled staging pages |
 //! | `devices` | the devices and who shares their frames |
 //! | `events`, `children` | structural events; what forked children still need |
-//! | `fault`, `home` | a CPU touch; device memory to system memory |
+//! | `fault`, `home`, `direct` | a CPU touch; device memory to system memory; the same without a flight |
 //! | `upload`, `fallback`, `transfer` | system memory to a device: by moving pages; by write-protecting them; between devices |
 //! | `migrate`, `evict` | requests and their reports; making room |
 //! | `device_fault`, `device_range` | a device's touch; a device's command on a range |
@@ -39,6 +40,7 @@ mod coherent;
 mod device_fault;
 mod device_range;
 mod devices;
+mod direct;
 mod engine;
 mod events;
 mod evict;

@@ -117,6 +117,15 @@ pub trait Device: Sync {
     /// mapping is under way, and none will follow. Works on a lost device too.
     fn unmap(&self, range: PageRange);
 
+    /// Calls `read` with the address at which the CPU reads these frames, and returns
+    /// true: they stay there until `read` returns. False, and `read` is not called,
+    /// where the CPU cannot read them about as fast as its own memory, and when the
+    /// copy queue would not read them now. Called with a block locked, for a few
+    /// pages that the device does not map.
+    fn with_host_view(&self, _frames: FrameRange, _read: &mut dyn FnMut(VirtAddr)) -> bool {
+        false
+    }
+
     /// Hands transfers to the copy queue.
     ///
     /// # Errors

@@ -70,6 +70,8 @@ pub struct SimConfig {
     pub restless: bool,
     /// Whether the program has pages of hugetlbfs.
     pub huge_pages: bool,
+    /// Whether the CPU can read the memory of devices.
+    pub host_view: bool,
     /// What the engine is opened with.
     pub settings: Settings,
 }
@@ -132,6 +134,7 @@ impl SimConfig {
             restless: rng.one_in(6),
             // Drawn by itself, so that it changes nothing else of a seed.
             huge_pages: SimRng::new(seed, 7).one_in(4),
+            host_view: SimRng::new(seed, 8).one_in(2),
             settings: Settings {
                 fault_granule: PageCount::new(1 << rng.below(6)),
                 device_granule: PageCount::new(1 << rng.below(8)),

@@ -92,6 +92,7 @@ pub struct SimDevice {
     space: SimSpace,
     info: DeviceInfo,
     index: usize,
+    host_view: bool,
     state: Arc<Mutex<DeviceState>>,
 }
 
@@ -102,6 +103,7 @@ impl SimDevice {
         Self {
             space: space.clone(),
             index,
+            host_view: config.host_view,
             info: DeviceInfo {
                 reads_program: false,
                 name: "simulated",
@@ -420,6 +422,28 @@ impl Device for SimDevice {
 
     fn unmap(&self, range: PageRange) {
         self.state().unmap(range);
+    }
+
+    fn with_host_view(&self, frames: FrameRange, read: &mut dyn FnMut(VirtAddr)) -> bool {
+        let mut state = self.state();
+        state.frames.check_used(frames);
+        if !self.host_view || state.lost || state.rng.one_in(4) {
+            return false;
+        }
+        let view = SimSpace::view(self.index);
+        for (index, frame) in (0..).zip(frames.iter()) {
+            assert!(
+                !state.frames.is_mapped(frame),
+                "the engine reads {frame:?} while the device may write there"
+            );
+            let data = *state.frames.data(frame);
+            let shown = self.space.host_write(view.plus_pages(index), data);
+            assert!(shown, "simulator: a view of a device is engine memory");
+        }
+        state.counters.to_host += frames.pages();
+        drop(state);
+        read(view);
+        true
     }
 
     fn submit(&self, transfers: &[Transfer]) -> Result<Fence, DeviceError> {

@@ -100,6 +100,10 @@ impl Frames {
         }
     }
 
+    pub(crate) fn is_mapped(&self, id: FrameId) -> bool {
+        self.frames[id.index()].mapped > 0
+    }
+
     pub(crate) fn used(&self) -> Vec<FrameId> {
         (0..)
             .zip(&self.frames)

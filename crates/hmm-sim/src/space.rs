@@ -29,6 +29,8 @@ const SMALL_STAGING_START: VirtAddr = VirtAddr::new(0x7000_0000_0000);
 const HUGE_STAGING_START: VirtAddr = VirtAddr::new(0x7100_0000_0000);
 const BOUNCE_START: VirtAddr = VirtAddr::new(0x7200_0000_0000);
 const BOUNCE_AREAS: u64 = 64;
+/// Areas behind those where the CPU sees the memory of devices.
+const VIEWS: u64 = 16;
 /// A wait of an engine thread is over after so many looks, or it hangs.
 const WAIT_LOOKS: u32 = 2_000;
 /// A nested wait for a page gives up after so many looks: what it waits for may
@@ -99,7 +101,7 @@ impl SimSpace {
         }
         own.insert(Vma {
             engine_owned: true,
-            ..Vma::anonymous(slots(BOUNCE_START, BOUNCE_AREAS))
+            ..Vma::anonymous(slots(BOUNCE_START, BOUNCE_AREAS + VIEWS))
         });
         Self {
             shared: Arc::new(Shared {
@@ -159,6 +161,15 @@ impl SimSpace {
         assert!(index < BOUNCE_AREAS, "simulator: no such bounce area");
         let start = VirtAddr::new(BOUNCE_START.get() + index * BLOCK_SIZE);
         PageRange::from_pages(start, PageCount::from(PAGES_PER_BLOCK))
+    }
+
+    /// Where the CPU sees frames of a device, a few at a time.
+    pub(crate) fn view(index: usize) -> VirtAddr {
+        assert!(
+            (index as u64) < VIEWS,
+            "simulator: no such view of a device"
+        );
+        VirtAddr::new(BOUNCE_START.get() + (BOUNCE_AREAS + index as u64) * BLOCK_SIZE)
     }
 
     /// Whether an address is the engine's own memory.

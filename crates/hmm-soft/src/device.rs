@@ -456,6 +456,19 @@ impl Device for SoftDevice {
         self.shoot_down(range);
     }
 
+    fn with_host_view(&self, frames: FrameRange, read: &mut dyn FnMut(VirtAddr)) -> bool {
+        match self.enter() {
+            // Failures are for the queue to tell.
+            Some(_guard) if !self.injector.may_fail_copies() => {
+                read(VirtAddr::of(self.memory.pointer(frames)));
+                let len = frames.pages().bytes().get();
+                self.counters.bytes_to_host.add(len);
+                true
+            }
+            _ => false,
+        }
+    }
+
     fn submit(&self, transfers: &[Transfer]) -> Result<Fence, DeviceError> {
         let _guard = self.enter().ok_or(DeviceError::Lost)?;
         self.queue

@@ -97,6 +97,11 @@ impl Injector {
         take_one(&self.maps)
     }
 
+    /// Whether a transfer can fail, now or after others.
+    pub(crate) fn may_fail_copies(&self) -> bool {
+        self.copies.load(Ordering::Relaxed) > 0 || self.loss().is_some()
+    }
+
     /// Decides the fate of the next transfer.
     pub(crate) fn copy_fails(&self) -> Option<FailAt> {
         if self.copies.load(Ordering::Relaxed) == 0

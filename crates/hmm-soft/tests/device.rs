@@ -12,7 +12,7 @@ use hmm_soft::{
     Embedder, FailAt, Join, KernelError, LaunchError, LossMode, Pointer, SoftConfig, SoftDevice,
     SoftError, Standalone, THRASH_LIMIT,
 };
-use hmm_types::{Access, ByteCount, DeviceId, PageCount, PageRange, VirtAddr};
+use hmm_types::{Access, ByteCount, DeviceId, PAGE_SIZE, PageCount, PageRange, VirtAddr};
 
 fn small() -> SoftConfig {
     let mut config = SoftConfig::new(ByteCount::mib(4));
@@ -363,6 +363,42 @@ fn copies_fail_on_demand_early_and_late() {
     assert_eq!(device.wait(fence), Ok(()));
     assert!(fence > fences[63].unwrap());
     device.close();
+}
+
+#[test]
+fn frames_can_be_read_where_they_are_unless_copies_may_fail() {
+    let device = SoftDevice::open(small()).unwrap();
+    let host = Mapped::new(1);
+    let frames = device.allocate(PageCount::ONE).unwrap();
+    // SAFETY: the test's own mapping.
+    unsafe { host.word(7).write(99) };
+    let there = Transfer::ToDevice {
+        host: host.range().start(),
+        frames,
+    };
+    device.submit(&[there]).unwrap();
+    let seen = || {
+        let mut seen = None;
+        let read = device.with_host_view(frames, &mut |view| {
+            let word = std::ptr::with_exposed_provenance::<u64>(view.get() as usize + 7 * 8);
+            // SAFETY: the trait's contract: the frames can be read there until the
+            // closure returns.
+            seen = Some(unsafe { word.read() });
+        });
+        assert_eq!(read, seen.is_some());
+        seen
+    };
+    let before = device.stats().bytes_to_host;
+    assert_eq!(seen(), Some(99));
+    assert_eq!(device.stats().bytes_to_host - before, PAGE_SIZE);
+    device.injector().fail_copies(3, 1, FailAt::Wait);
+    assert_eq!(seen(), None, "the queue has to tell");
+    device.injector().fail_copies(0, 0, FailAt::Wait);
+    assert_eq!(seen(), Some(99));
+    device.injector().lose(LossMode::MemoryReadable);
+    assert_eq!(seen(), None, "as before");
+    device.close();
+    assert_eq!(seen(), None, "there is no memory any more");
 }
 
 #[test]
