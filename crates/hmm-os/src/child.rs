@@ -81,7 +81,7 @@ impl Children {
     }
 
     pub(crate) fn count(&self) -> usize {
-        self.count.load(Ordering::Acquire)
+        self.count.load(Ordering::SeqCst)
     }
 
     pub(crate) fn add(&self, fd: OwnedFd, features: u64) -> SpaceId {
@@ -115,7 +115,7 @@ impl Children {
             uffd: Uffd::of_child(fd, features),
             exit_reported: false,
         });
-        self.count.fetch_add(1, Ordering::AcqRel);
+        self.count.fetch_add(1, Ordering::SeqCst);
         space
     }
 

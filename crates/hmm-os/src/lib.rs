@@ -46,6 +46,7 @@ mod thread_locals;
 mod thread_memory;
 mod threads;
 mod uffd;
+mod waiting;
 
 pub use child::MAX_CHILDREN;
 pub use clock::MonotonicClock;

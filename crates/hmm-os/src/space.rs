@@ -11,14 +11,13 @@ use hmm_hal::{
 };
 use hmm_sync::assert_none_held;
 use hmm_types::{MemoryKind, PAGES_PER_BLOCK, PageCount, PageRange, StayReason, VirtAddr};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
 
 use crate::abi::uffd_msg;
 use crate::child::Children;
-use crate::config::{Counters, Disable, OpenConfig, OpenError, Wakeup};
+use crate::config::{Counters, Disable, OpenConfig, OpenError};
 use crate::excluded::{first_part, first_part_in, refresh_modules};
 use crate::map::{Map, Vma};
 use crate::message::{Message, translate};
@@ -35,22 +34,22 @@ use crate::uffd::{
     FEATURE_FORK, FEATURE_MOVE, FEATURE_POISON, FEATURE_WP, FEATURES_HUGETLB, FEATURES_NEEDED,
     FEATURES_SHARED, FEATURES_WANTED, Reach, Side, Uffd,
 };
-
-/// How long anybody waits without looking for children that have exited.
-const CHILD_NAP_MS: u32 = 1000;
+use crate::waiting::Waiting;
 
 /// The descriptors and the memory of an open space.
 #[derive(Debug)]
-struct Parts {
-    uffd: Uffd,
-    children: Children,
-    regions: Regions,
+pub(crate) struct Parts {
+    pub(crate) uffd: Uffd,
+    pub(crate) children: Children,
+    pub(crate) regions: Regions,
     map: Map,
     pagemap: Pagemap,
     staging: Staging,
     /// A block that nobody ever writes to: what holes in huge pages are filled
     /// with.
     zeros: Region,
+    /// Registered, and of no other use: dropping it is an event.
+    pub(crate) bell: Region,
     /// What must stay because only faults of user mode are delivered.
     thread_memory: Option<ThreadMemory>,
 }
@@ -68,7 +67,7 @@ pub struct LinuxSpace {
     moves_huge_pages: bool,
     table: u32,
     pid: u32,
-    interrupted: AtomicBool,
+    pub(crate) waiting: Waiting,
     closed: AtomicBool,
     messages: AtomicU64,
     forks_deferred: AtomicU64,
@@ -113,12 +112,16 @@ impl LinuxSpace {
         let staging = Staging::reserve(config.staging).map_err(|error| OpenError::Staging {
             errno: error.raw_os_error(),
         })?;
-        let zeros = Region::reserve(1).map_err(|error| OpenError::Staging {
-            errno: error.raw_os_error(),
-        })?;
-        for arena in staging.ranges() {
+        let reserve_block = || {
+            Region::reserve(1).map_err(|error| OpenError::Staging {
+                errno: error.raw_os_error(),
+            })
+        };
+        let (zeros, bell) = (reserve_block()?, reserve_block()?);
+        let registered = || staging.ranges().chain([bell.range()]);
+        for arena in registered() {
             if let Err(error) = uffd.register(arena, false) {
-                for arena in staging.ranges() {
+                for arena in registered() {
                     let _ = uffd.unregister(arena);
                 }
                 return Err(OpenError::Register(error));
@@ -146,78 +149,18 @@ impl LinuxSpace {
                 pagemap,
                 staging,
                 zeros,
+                bell,
                 thread_memory,
             }),
             table: table(),
             pid: std::process::id(),
-            interrupted: AtomicBool::new(false),
+            waiting: Waiting::default(),
             closed: AtomicBool::new(false),
             messages: AtomicU64::new(0),
             forks_deferred: AtomicU64::new(0),
             freed_pages: AtomicBool::new(false),
             freed_unknown: AtomicBool::new(false),
         })
-    }
-
-    /// Waits until something can be read, for `timeout_ms` at most if one is
-    /// given: a timer costs each fault some hundred nanoseconds. Where children
-    /// are served, [`Wakeup::Events`] also says that one has exited, which the
-    /// kernel does not tell. Takes no lock: any number of threads may wait, and
-    /// all of them wake.
-    pub fn wait(&self, timeout_ms: Option<u32>) -> Wakeup {
-        let parts = self.parts();
-        let children = parts.children.poll_descriptor();
-        let mut set = [
-            PollFd::new(&parts.uffd, PollFlags::IN),
-            PollFd::new(children, PollFlags::IN),
-        ];
-        let timeout_ms =
-            timeout_ms.or_else(|| (parts.children.count() > 0).then_some(CHILD_NAP_MS));
-        let timeout = timeout_ms.map(|ms| Timespec {
-            tv_sec: (ms / 1000).into(),
-            tv_nsec: (i64::from(ms) % 1000) * 1_000_000,
-        });
-        match poll(&mut set, timeout.as_ref()) {
-            Ok(0) | Err(_) => {
-                if parts.children.any_gone() {
-                    Wakeup::Events
-                } else {
-                    Wakeup::TimedOut
-                }
-            }
-            Ok(_) if set[0].revents().is_empty() && self.interrupted.load(Ordering::Acquire) => {
-                Wakeup::Interrupted
-            }
-            Ok(_) => {
-                if !set[1].revents().is_empty() {
-                    let nudge = parts.children.nudge_descriptor();
-                    let _ = rustix::io::read(nudge, &mut [0u8; 8]);
-                }
-                Wakeup::Events
-            }
-        }
-    }
-
-    /// Ends one [`LinuxSpace::wait`], present or future, with
-    /// [`Wakeup::Events`].
-    pub fn nudge(&self) {
-        let descriptor = self.parts().children.nudge_descriptor();
-        let _ = rustix::io::write(descriptor, &1u64.to_ne_bytes());
-    }
-
-    /// Ends every present and future [`LinuxSpace::wait`], until
-    /// [`LinuxSpace::resume`].
-    pub fn interrupt(&self) {
-        self.interrupted.store(true, Ordering::Release);
-        let descriptor = self.parts().children.interrupt_descriptor();
-        let _ = rustix::io::write(descriptor, &1u64.to_ne_bytes());
-    }
-
-    /// Lets [`LinuxSpace::wait`] wait again.
-    pub fn resume(&self) {
-        let descriptor = self.parts().children.interrupt_descriptor();
-        let _ = rustix::io::read(descriptor, &mut [0u8; 8]);
-        self.interrupted.store(false, Ordering::Release);
     }
 
     /// Whether the kernel can watch shared memory, so that it can migrate.
@@ -268,14 +211,15 @@ impl LinuxSpace {
     fn retire_staging(&self) {
         // Unregistered first: dropping pages of a registered range waits for a
         // reader.
-        for arena in self.parts.staging.ranges() {
+        let bell = self.parts.bell.range();
+        for arena in self.parts.staging.ranges().chain([bell]) {
             let _ = self.parts.uffd.unregister(arena);
         }
         self.parts.staging.give_back();
     }
 
     /// The parts, on a thread where their descriptors mean anything.
-    fn parts(&self) -> &Parts {
+    pub(crate) fn parts(&self) -> &Parts {
         assert!(
             table() == self.table,
             "the address space was opened with another descriptor table; \
@@ -809,7 +753,7 @@ impl AddressSpace for LinuxSpace {
         }
         CALLS.set(CALLS.get().wrapping_add(1));
         if CALLS.get().is_multiple_of(YIELDS) {
-            let _ = rustix::thread::nanosleep(&Timespec {
+            let _ = rustix::thread::nanosleep(&rustix::thread::Timespec {
                 tv_sec: 0,
                 tv_nsec: SLEEP_NS,
             });

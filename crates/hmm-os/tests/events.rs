@@ -4,9 +4,10 @@ mod common;
 
 use std::io::Write;
 use std::os::fd::AsRawFd;
+use std::sync::mpsc;
 use std::thread;
 
-use common::{Area, PAGE, done, fork, load, open, open_without, reap, stopped, tag};
+use common::{Area, Fixture, PAGE, done, fork, load, open, open_without, reap, stopped, tag};
 use hmm_hal::{AddressSpace, Event, FaultKind, SpaceId, Stop};
 use hmm_os::{Disable, Wakeup};
 use hmm_types::Access;
@@ -393,4 +394,73 @@ fn waiting_can_be_interrupted() {
     assert_eq!(os.space.wait(Some(60_000)), Wakeup::Interrupted);
     os.space.resume();
     assert_eq!(os.space.wait(Some(1)), Wakeup::TimedOut);
+}
+
+/// Waits for nothing but the process's own events until it is told to end; what it
+/// has read.
+fn wait_for_own(os: &Fixture) -> Vec<Event> {
+    let mut events = Vec::new();
+    while os.space.wait_for_own() != Wakeup::Interrupted {
+        events.extend(std::iter::from_fn(|| os.space.read_event()));
+    }
+    events
+}
+
+#[test]
+fn who_waits_for_its_own_hears_of_that_and_of_the_end() {
+    let Some(os) = open() else { return };
+    let area = Area::new(16, false);
+    os.space.register(area.range).unwrap();
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| {
+            // Of nothing else.
+            os.space.nudge();
+            assert_eq!(os.space.wait_for_own(), Wakeup::Events);
+            let event = os.space.read_event();
+            let Some(Event::Fault { address, .. }) = event else {
+                panic!("{event:?}");
+            };
+            assert!(area.page(3).contains(address), "{address}");
+            assert_eq!(os.space.zero_pages(SpaceId::OWN, area.page(3)), done(1));
+            os.space.wake(SpaceId::OWN, area.page(3));
+            wait_for_own(&os)
+        });
+        let another = || assert_eq!(os.space.wait(Some(60_000)), Wakeup::Events);
+        // The nudge is for who hears it.
+        another();
+        area.set(3, 5);
+        thread::sleep(std::time::Duration::from_millis(50));
+        os.space.interrupt();
+        let events = waiting.join().unwrap();
+        let is_drop = |event: &Event| matches!(event, Event::Remove { .. });
+        assert!(
+            !events.is_empty() && events.iter().all(is_drop),
+            "{events:?}"
+        );
+    });
+    assert_eq!(os.space.wait_for_own(), Wakeup::Interrupted);
+    os.space.resume();
+    // A nudge ends it, so it is not deaf now.
+    os.space.interrupt();
+    assert_eq!(os.space.wait(None), Wakeup::Interrupted);
+}
+
+#[test]
+fn one_alone_is_deaf() {
+    let Some(os) = open() else { return };
+    thread::scope(|scope| {
+        let (heard, hears) = mpsc::channel();
+        for _ in 0..2 {
+            let heard = heard.clone();
+            let os = &os;
+            scope.spawn(move || {
+                let _ = heard.send(os.space.wait_for_own());
+                wait_for_own(os)
+            });
+        }
+        assert!(!os.space.needs_another(), "there are no children");
+        os.space.nudge();
+        assert_eq!(hears.recv(), Ok(Wakeup::Events));
+        os.space.interrupt();
+    });
 }

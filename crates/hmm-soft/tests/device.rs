@@ -380,7 +380,7 @@ fn frames_can_be_read_where_they_are_unless_copies_may_fail() {
     let seen = || {
         let mut seen = None;
         let read = device.with_host_view(frames, &mut |view| {
-            let word = std::ptr::with_exposed_provenance::<u64>(view.get() as usize + 7 * 8);
+            let word = std::ptr::with_exposed_provenance::<u64>(view.addr() + 7 * 8);
             // SAFETY: the trait's contract: the frames can be read there until the
             // closure returns.
             seen = Some(unsafe { word.read() });

@@ -69,15 +69,23 @@ pub(crate) fn handle(host: &'static Host, bounce: &Pages, number: usize) {
     loop {
         // Reading ahead may have meant to read faults, which nobody else can serve.
         let has_work = || executor.has_faults() || host.engine.is_ahead_planned();
-        while !(host.rota.is_on_duty(number) || has_work() || host.is_stopping()) {
+        while !(host.rota.is_on_duty(number)
+            || has_work()
+            || host.space.needs_another()
+            || host.is_stopping())
+        {
             host.rota.rest(number, HANDLER_REST);
         }
         if !has_work() {
-            let nap = host.engine.is_unsettled().then_some(UNSETTLED_NAP_MS);
-            match host.space.wait(nap) {
-                Wakeup::Events => {}
-                Wakeup::Interrupted | Wakeup::TimedOut if host.is_stopping() => return,
-                Wakeup::Interrupted | Wakeup::TimedOut => {}
+            let wakeup = if host.engine.is_unsettled() {
+                host.space.wait(Some(UNSETTLED_NAP_MS))
+            } else if host.rota.is_alone(number) {
+                host.space.wait_for_own()
+            } else {
+                host.space.wait(None)
+            };
+            if wakeup == Wakeup::Interrupted {
+                return;
             }
         }
         heartbeat.begin();
@@ -151,6 +159,7 @@ pub(crate) fn watch(host: &'static Host) {
     while !host.is_stopping() {
         host.nap(WATCH_NAP);
         if !cfg!(debug_assertions) {
+            host.rota.call_all();
             host.space.nudge();
         }
         for (heartbeat, (last, looks)) in host.heartbeats.iter().zip(&mut seen) {

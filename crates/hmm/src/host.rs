@@ -163,6 +163,8 @@ impl Host {
 
     pub(crate) fn keep_sharing(&self, sharing: Sharing) {
         self.sharing.lock().push(sharing);
+        // One may wait that does not hear of peers.
+        self.rota.call_all();
     }
 
     /// Brings a shared region home and sends its peers away. False when it is not to

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use common::{
-    Map, PAGE, WORDS, all_free, engine, fetch, fork, helper, on_device, role, send,
+    Map, PAGE, WORDS, all_free, engine, engine_of, fetch, fork, helper, on_device, role, send,
     signal_of_lost_data, wait, wait_at_most, watchdog,
 };
 use hmm::{AttachError, ByteCount, Error, Hmm, Pointer, SharedRegion, attach};
@@ -215,6 +215,56 @@ fn pages_leave_and_come_home_for_every_process() {
     drop(region);
     assert!(!path.exists());
     all_free(&hmm, &device);
+    hmm.shutdown().unwrap();
+}
+
+/// After many faults of one thread one handler alone waits, for these alone. It must
+/// not be all that there is when somebody else needs an answer.
+#[test]
+fn children_and_peers_are_heard_after_one_thread_alone_was() {
+    const NAME: &str = "children_and_peers_are_heard_after_one_thread_alone_was";
+    let _dog = watchdog(NAME, 100);
+    if is_peer() {
+        return;
+    }
+    let one_by_one = Hmm::builder()
+        .fault_granule(hmm::PageCount::new(1))
+        .readahead(false);
+    let (hmm, device) = engine_of(one_by_one, 16);
+    let map = Map::new(PAGES);
+    let storm = || {
+        send(&hmm, map.range(), &device);
+        let before = hmm.statistics().cpu_faults;
+        map.check(1);
+        assert!(hmm.statistics().cpu_faults - before >= PAGES as u64);
+    };
+    map.fill(1);
+    for _ in 0..3 {
+        storm();
+        send(&hmm, map.range(), &device);
+        let child = fork(|| i32::from(map.wrong(0, PAGES, 1).is_some()));
+        assert_eq!(wait(child), 0);
+    }
+    if !hmm.can_share() {
+        hmm.shutdown().unwrap();
+        skip!("peers: this kernel cannot write-protect shared memory (Linux 5.19)");
+    }
+    storm();
+    let path = fresh_path(NAME);
+    let (region, shared) = share(&hmm, &path);
+    shared.fill(2);
+    storm();
+    let mut peer = Peer::start(NAME, &path);
+    for _ in 0..3 {
+        storm();
+        send(&hmm, region.range(), &device);
+        peer.does(&format!("check 0 {PAGES} 2"));
+    }
+    peer.ends();
+    shared.leak();
+    drop(region);
+    // And at the end nobody waits for ever.
+    storm();
     hmm.shutdown().unwrap();
 }
 

@@ -131,6 +131,11 @@ impl Regions {
         self.peers.load(Ordering::Acquire)
     }
 
+    /// Whether there are peers, or regions that may get some.
+    pub(crate) fn may_have_peers(&self) -> bool {
+        self.count.load(Ordering::SeqCst) > 0 || self.peers() > 0
+    }
+
     /// Does something with the region that has the address, and the part of the
     /// range in it.
     fn with<R>(&self, range: PageRange, call: impl FnOnce(&Region, PageRange) -> R) -> Option<R> {
@@ -173,7 +178,7 @@ impl Regions {
             peers: [const { None }; MAX_PEERS],
             lost: false,
         });
-        self.count.fetch_add(1, Ordering::AcqRel);
+        self.count.fetch_add(1, Ordering::SeqCst);
         Ok(window)
     }
 
