@@ -123,19 +123,24 @@ impl Engine<'_> {
             }
             // The program has dropped the page under the copy that still reads it; or
             // it had said before that it would, and only gets to it now. It is the
-            // program's: zeros, which are not to be dropped once more. Not in
-            // hugetlbfs, where to try that lifts the protection of a page that is
-            // there after all: the fault may be an old one.
+            // program's: zeros, which are not to be dropped once more.
             PageState::Copying { data }
-                if (data && !block.is_hugetlb() || entry.doomed())
-                    && fault.kind == FaultKind::Missing =>
+                if (data || entry.doomed()) && fault.kind == FaultKind::Missing =>
             {
+                let all = map.undivided(piece);
+                let dropped = if block.is_hugetlb() {
+                    all.first..all.first + all.pages
+                } else {
+                    piece.first..piece.first + 1
+                };
                 let range = piece.range().slice(0, 1);
                 match self.space.zero_pages(SpaceId::OWN, range).stop {
                     Some(Stop::Again) => Found::Again,
+                    Some(Stop::NoMemory) => Found::Later,
+                    // It is there: the fault is an old one.
                     Some(_) => Found::Wake,
                     None => {
-                        inner.doom(piece.first);
+                        dropped.for_each(|index| inner.doom(index));
                         Found::Wake
                     }
                 }

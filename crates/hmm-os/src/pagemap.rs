@@ -23,7 +23,8 @@ const HUGE: u64 = raw::PAGE_IS_HUGE as u64;
 const ZERO: u64 = raw::PAGE_IS_PFNZERO as u64;
 const FILE: u64 = raw::PAGE_IS_FILE as u64;
 const GUARD: u64 = raw::PAGE_IS_GUARD as u64;
-/// Bits 63 and 62, 61, and 56 of a word, in its last byte.
+/// Bits 63, 63 and 62, 61, and 56 of a word, in its last byte.
+const PRESENT: u8 = 0b1000_0000;
 const PRESENT_OR_SWAPPED: u8 = 0b1100_0000;
 const FILE_OR_SHARED: u8 = 0b0010_0000;
 const EXCLUSIVE: u8 = 0b0000_0001;
@@ -145,6 +146,15 @@ impl Pagemap {
                 found(page, word, false, false, anonymous);
             }
         })
+    }
+
+    /// Whether there is a page: PAGEMAP_SCAN also visits what is none, but a
+    /// protection that was left behind, or one that the kernel is moving.
+    pub(crate) fn is_present(&self, page: VirtAddr) -> Result<bool> {
+        let mut present = false;
+        let page = PageRange::from_pages(page, PageCount::ONE);
+        self.each_word(page, &mut |_, word| present = word[7] & PRESENT != 0)?;
+        Ok(present)
     }
 
     /// Visits runs that are present or swapped out, with their categories, of

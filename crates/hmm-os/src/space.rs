@@ -305,16 +305,9 @@ impl LinuxSpace {
     /// Why a huge page of hugetlbfs could not be placed, if the kernel said that
     /// there is one and there is none: it says so too when its pool is empty.
     fn why_not_there(&self, page: PageRange) -> Option<Stop> {
-        let parts = self.parts();
-        // A protection that was left behind looks like a page.
-        if let Some(stop) = parts.uffd.write_protect(page, false).stop {
-            return Some(stop);
-        }
-        let mut there = false;
-        let looked = parts.pagemap.visit(page, &mut |_, presence| {
-            there |= presence != Presence::Hole;
-        });
-        (looked.is_ok() && !there).then_some(Stop::NoMemory)
+        let there = self.parts().pagemap.is_present(page.start());
+        // One that the kernel itself is moving is not there either, for a moment.
+        there.is_ok_and(|there| !there).then_some(Stop::NoMemory)
     }
 
     /// Whether a range is a part of one huge page of hugetlbfs.

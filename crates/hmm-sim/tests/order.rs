@@ -450,6 +450,55 @@ fn what_is_let_go_is_registered_as_what_it_is() {
     }
 }
 
+/// The program has said that it drops pages, and does so only when one of them was
+/// touched again and is being copied to the device: who reads it there finds a hole,
+/// and must not wait for its own end.
+#[test]
+fn a_drop_that_comes_under_a_copy_holds_up_nobody() {
+    let mut config = config();
+    config.capabilities.write_protect = true;
+    config.frames = 1024;
+    let process = Process::with(config);
+    // Copied a few pages at a time.
+    let range = PageRange::from_pages(ARENA_START, PageCount::from(PAGES_PER_BLOCK));
+    let device = DeviceId::new(0);
+    let announced = Arc::new(AtomicBool::new(false));
+    let (space, told) = (process.space.clone(), Arc::clone(&announced));
+    let engine = Arc::downgrade(&process.engine);
+    process.space.set_hook(Some(Arc::new(move |point| {
+        if point == HookPoint::Submit && told.swap(false, Ordering::Relaxed) {
+            space.zap(SpaceId::OWN, range);
+        }
+        let Some(engine) = engine.upgrade() else {
+            return;
+        };
+        if point.needs_reader() {
+            engine.read();
+        }
+        if point == HookPoint::WaitForFault {
+            engine.work();
+        }
+    })));
+    process.space.mmap(MapRequest {
+        range,
+        kind: MemoryKind::HugeTlb,
+        foreign: false,
+    });
+    process.engine.request(Request::Migrate(range, device));
+    let ticket = process.space.dontneed(SpaceId::OWN, range).unwrap().1;
+    let ticket = ticket.expect("it is registered");
+    while process.space.is_unread(ticket) {
+        process.engine.read();
+    }
+    assert_eq!(process.value(range.start()), 0);
+    announced.store(true, Ordering::Relaxed);
+    process.engine.request(Request::Migrate(range, device));
+    assert!(!announced.load(Ordering::Relaxed), "it was dropped");
+    for page in range.iter_pages() {
+        assert_eq!(process.value(page), 0, "{page} was dropped");
+    }
+}
+
 /// A handler has read a fault in memory that has nothing away, and does not get to
 /// run. Meanwhile other memory is mapped there, and goes to the device: it gets no
 /// zeros.

@@ -5,7 +5,7 @@ mod common;
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use common::{
@@ -250,6 +250,51 @@ fn writers_race_with_migrations() {
     };
     assert_eq!(sum(0) + sum(1) + sum(2), written.into_inner());
     assert_eq!(sum(5), by_device.into_inner());
+    drop(map);
+    end(hmm, &device);
+}
+
+/// Each of two threads drops a page of its own again and again, while others look at
+/// it and it migrates: a drop is announced before it is done, so it may come at any
+/// moment of that.
+#[test]
+fn droppers_race_with_migrations() {
+    const ROUNDS: u64 = 300;
+    let _pool = pool!(6);
+    let _dog = watchdog("droppers_race_with_migrations", 120);
+    let (hmm, device) = engine(16);
+    let map = huge(2);
+    let running = AtomicUsize::new(2);
+    std::thread::scope(|scope| {
+        for number in 0..2 {
+            let (map, running) = (&map, &running);
+            scope.spawn(move || {
+                let (first, words) = (number * HUGE, [3, 200 * WORDS, 511 * WORDS + 9]);
+                for round in 1..=ROUNDS {
+                    for word in words {
+                        map.set(first * WORDS + word, round);
+                    }
+                    for word in words {
+                        assert_eq!(map.get(first * WORDS + word), round);
+                    }
+                    assert!(map.advise(first, HUGE, libc::MADV_DONTNEED));
+                    for word in words {
+                        assert_eq!(map.get(first * WORDS + word), 0, "round {round}");
+                    }
+                }
+                running.fetch_sub(1, Ordering::Relaxed);
+            });
+            scope.spawn(move || {
+                while running.load(Ordering::Relaxed) > 0 {
+                    std::hint::black_box(map.get((number * HUGE + 77) * WORDS));
+                }
+            });
+        }
+        while running.load(Ordering::Relaxed) > 0 {
+            let report = hmm.migrate(map.range(), device.id()).unwrap();
+            adds_up(&report, map.range());
+        }
+    });
     drop(map);
     end(hmm, &device);
 }
