@@ -13,12 +13,16 @@
 //! arrived, with something new at A since. The kernel's mappings tell whether
 //! there is registered memory; reading on tells whether it is still the same:
 //! until no change is under way, or the report of the next arrival.
+//!
+//! Memory that is remapped at the very moment at which it is registered can have got
+//! no pieces, and what was mapped in its place may have some. Where one of the two
+//! is of hugetlbfs, these do not go along.
 
 use std::sync::atomic::Ordering::Relaxed;
 
-use hmm_hal::{Event, SpaceId};
+use hmm_hal::{Event, Mapping, SpaceId};
 use hmm_mem::Vec;
-use hmm_types::{PageCount, PageRange};
+use hmm_types::{MemoryKind, PageCount, PageRange, VirtAddr};
 
 use crate::engine::Engine;
 use crate::map::SpaceMap;
@@ -41,17 +45,50 @@ impl Engine<'_> {
     /// What a remap of the range does not take along. A remap that leaves the
     /// mapping behind (MREMAP_DONTUNMAP) takes all; others are reported as
     /// unmapped next.
-    pub(crate) fn outlives_remap(&self, map: &mut SpaceMap, from: PageRange) -> Vec<PageRange> {
-        let there = self.arrived(map, from);
+    pub(crate) fn outlives_remap(
+        &self,
+        map: &mut SpaceMap,
+        from: PageRange,
+        to: VirtAddr,
+    ) -> Vec<PageRange> {
+        let mut there = self.arrived(map, from);
         if !there.is_empty() {
             let another = self.reads_of_another(map, &there);
             let space = SpaceId::OWN;
             let unmapped = Event::Unmap { space, range: from };
             if another || !map.order.has_read_ahead(|event| *event == unmapped) {
-                return hmm_mem::vec();
+                there.clear();
             }
         }
+        there.extend(self.of_another_kind(map, from, to));
         there
+    }
+
+    /// Pieces of a range that are not of the kind that has arrived where the range
+    /// went, and of which nothing is away.
+    fn of_another_kind(
+        &self,
+        map: &SpaceMap,
+        from: PageRange,
+        to: VirtAddr,
+    ) -> impl Iterator<Item = PageRange> {
+        let pieces = self.rooms.are_prepared().then(|| map.overlapping(from));
+        pieces.into_iter().flatten().filter_map(move |piece| {
+            let block = map.block(piece.block);
+            let inner = block.lock();
+            if inner.away() > 0 || inner.in_flight() > 0 {
+                return None;
+            }
+            let there = to.plus_pages(piece.start.pages_since(from.start()));
+            let mut differs = false;
+            let _ = self.space.mappings(
+                PageRange::from_pages(there, PageCount::ONE),
+                &mut |mapping| {
+                    differs = is_hugetlb(&mapping) != block.is_hugetlb();
+                },
+            );
+            differs.then(|| piece.range())
+        })
     }
 
     /// The parts of a range that have arrived lately, and where registered memory
@@ -59,13 +96,17 @@ impl Engine<'_> {
     fn arrived(&self, map: &SpaceMap, range: PageRange) -> Vec<PageRange> {
         let mut there = hmm_mem::vec();
         for part in map.order.reached_parts(range) {
-            let mut mapped = map.overlapping(part).next().is_some();
-            // Cheap, and says no for nearly everything that is in order.
-            mapped &= {
+            let piece = map.overlapping(part).next();
+            // Cheap, and says no for nearly everything that is in order. Memory of
+            // another kind is surely not what has arrived.
+            let mapped = piece.is_some_and(|piece| {
+                let hugetlb = map.block(piece.block).is_hugetlb();
                 let mut any = false;
-                let looked = self.space.mappings(part, &mut |_| any = true);
+                let looked = self.space.mappings(part, &mut |mapping| {
+                    any |= is_hugetlb(&mapping) == hugetlb;
+                });
                 any || looked.is_err()
-            };
+            });
             if mapped {
                 self.space.registered(part, &mut |part| there.push(part));
             }
@@ -103,4 +144,8 @@ impl Engine<'_> {
         }
         false
     }
+}
+
+fn is_hugetlb(mapping: &Mapping) -> bool {
+    mapping.kind == MemoryKind::HugeTlb
 }

@@ -132,7 +132,7 @@ impl Engine<'_> {
 
     /// mremap: pages keep their block and index, pieces get other addresses.
     fn carry_over(&self, map: &mut SpaceMap, from: PageRange, to: VirtAddr) {
-        let spared = self.outlives_remap(map, from);
+        let spared = self.outlives_remap(map, from, to);
         for part in without(from, &spared) {
             let taken = map.remove(part, |map, piece| {
                 let mut inner = map.block(piece.block).lock();

@@ -34,8 +34,27 @@ use crate::upload::{Fate, Flight, Passed, Target};
 enum Ours {
     Yes,
     No,
-    /// If it is still there.
-    IfAt(VirtAddr),
+    /// If it is still there, or anywhere in the range whose drop was refused: the
+    /// kernel may have dropped a part before.
+    IfAt(VirtAddr, Option<PageRange>),
+}
+
+/// A drop that did not succeed.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Tried {
+    /// So many pages of the flight have surely been dropped before.
+    dropped: u32,
+    /// What the kernel has refused to drop.
+    refused: Option<PageRange>,
+}
+
+impl Tried {
+    pub(crate) const fn dropped(pages: u32) -> Self {
+        Self {
+            dropped: pages,
+            refused: None,
+        }
+    }
 }
 
 /// Parts of a run that fit into bounce memory.
@@ -101,9 +120,9 @@ impl Engine<'_> {
                         .fetch_add(u64::from(flight.pages), Relaxed);
                     self.commit_out(&flight, frames, target, whole)
                 }
-                Err(dropped) => {
-                    let dropped = Some(dropped);
-                    self.release_protected(executor, &flight, place, frames, target, dropped);
+                Err(tried) => {
+                    let tried = Some(tried);
+                    self.release_protected(executor, &flight, place, frames, target, tried);
                     Passed::new(u64::from(flight.pages), Fate::Stayed(StayReason::Locked))
                 }
             },
@@ -279,10 +298,10 @@ impl Engine<'_> {
     /// Drops the copied pages from the program.
     ///
     /// # Errors
-    /// How many pages it has dropped before the kernel refused, or before one
-    /// that has been remapped since they were claimed: what was copied of it
-    /// may be something else. All, if a drop was not reported where it should
-    /// be: then the page had been remapped, and something else was dropped.
+    /// How far it came before the kernel refused, or before a page that has been
+    /// remapped since they were claimed: what was copied of it may be something
+    /// else. All, if a drop was not reported where it should be: then the page had
+    /// been remapped, and something else was dropped.
     fn drop_protected(
         &self,
         executor: &mut Executor,
@@ -290,7 +309,7 @@ impl Engine<'_> {
         claimed: PageRange,
         frames: FrameRange,
         device: DeviceId,
-    ) -> Result<(), u32> {
+    ) -> Result<(), Tried> {
         let mut offset = 0;
         while offset < flight.pages {
             self.read_changes(executor);
@@ -299,20 +318,25 @@ impl Engine<'_> {
                 continue;
             };
             if place.start() != claimed.start().plus_pages(u64::from(offset)) {
-                return Err(offset);
+                return Err(Tried::dropped(offset));
             }
             hmm_sync::assert_none_held();
             match self.space.discard(place) {
                 Ok(Dropped::Reported) => {}
                 Ok(Dropped::Unreported) => self.note_dropped(flight, offset, pages),
-                Err(_) => return Err(offset),
+                Err(_) => {
+                    return Err(Tried {
+                        dropped: offset,
+                        refused: Some(place),
+                    });
+                }
             }
             offset += pages;
         }
         if self.is_dropped(executor, flight) {
             Ok(())
         } else {
-            Err(flight.pages)
+            Err(Tried::dropped(flight.pages))
         }
     }
 
@@ -422,9 +446,8 @@ impl Engine<'_> {
     }
 
     /// Undoes a claim: what the engine has not dropped is the program's again;
-    /// what it has dropped already stays on the device. It has surely dropped
-    /// so many pages, `dropped`, from where they were `claimed`, and perhaps others
-    /// there; or it has not tried at all.
+    /// what it has dropped already stays on the device. It has tried that where they
+    /// were `claimed`, or not at all.
     pub(crate) fn release_protected(
         &self,
         executor: &mut Executor,
@@ -432,16 +455,18 @@ impl Engine<'_> {
         claimed: PageRange,
         frames: FrameRange,
         target: Target,
-        dropped: Option<u32>,
+        tried: Option<Tried>,
     ) {
         let whole = self.is_hugetlb_flight(flight);
         let mut offset = 0;
         let mut attempt = 0;
         while offset < flight.pages {
-            let ours = match dropped {
+            let ours = match tried {
                 None => Ours::No,
-                Some(dropped) if offset < dropped => Ours::Yes,
-                Some(_) => Ours::IfAt(claimed.start().plus_pages(u64::from(offset))),
+                Some(tried) if offset < tried.dropped => Ours::Yes,
+                Some(tried) => {
+                    Ours::IfAt(claimed.start().plus_pages(u64::from(offset)), tried.refused)
+                }
             };
             let pages = if whole { flight.pages } else { 1 };
             let frames = frames.slice(offset, pages);
@@ -482,7 +507,9 @@ impl Engine<'_> {
         let ours = match ours {
             Ours::Yes => true,
             Ours::No => false,
-            Ours::IfAt(claimed) => place.is_none_or(|place| place.start() == claimed),
+            Ours::IfAt(claimed, refused) => place.is_none_or(|place| {
+                place.start() == claimed || refused.is_some_and(|range| range.encloses(place))
+            }),
         };
         if let Some(place) = place {
             // In hugetlbfs what was dropped under protection looks like a page.

@@ -17,6 +17,7 @@ use hmm_types::{
 
 use crate::engine::{BUSY_LIMIT, Engine};
 use crate::executor::Executor;
+use crate::fallback::Tried;
 use crate::home::Home;
 use crate::report::MigrationReport;
 use crate::upload::{Fate, Flight, Target};
@@ -54,6 +55,11 @@ impl Rooms {
     pub(crate) fn prepare(&self) -> bool {
         let pages = PageCount::from(ROOMS * PAGES_PER_BLOCK);
         self.pages.get_or_init(|| Pages::new(pages)).is_some()
+    }
+
+    /// Whether anything was registered that may need one.
+    pub(crate) fn are_prepared(&self) -> bool {
+        self.pages.get().is_some()
     }
 
     /// Does not wait: `None` when all are taken.
@@ -197,10 +203,10 @@ impl Engine<'_> {
                 let all = span.pages().get();
                 self.stats.fallback_pages.fetch_add(all, Relaxed);
             } else {
-                let dropped = dropped.map(|all| if all { BLOCK_PAGES } else { 0 });
+                let tried = dropped.map(|all| Tried::dropped(if all { BLOCK_PAGES } else { 0 }));
                 for page in pages() {
                     let (flight, frames) = (&page.flight, page.frames);
-                    self.release_protected(executor, flight, page.place, frames, target, dropped);
+                    self.release_protected(executor, flight, page.place, frames, target, tried);
                 }
             }
         }

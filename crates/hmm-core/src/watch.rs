@@ -136,7 +136,8 @@ impl Engine<'_> {
     /// would be too many.
     pub(crate) fn adopt(&self, map: &mut SpaceMap, range: PageRange) -> bool {
         let mut room = true;
-        for mapping in self.mappings_of(range).into_iter().flatten() {
+        let mappings = self.mappings_of(range).into_iter().flatten();
+        for mapping in mappings.filter(|mapping| !mapping.engine_owned) {
             // As it is now, which need not be what was there a moment ago.
             let hugetlb = mapping.kind == MemoryKind::HugeTlb;
             self.space.registered(mapping.range, &mut |part| {

@@ -285,6 +285,12 @@ impl State {
         if own.overlapping(range).next().is_none() || !own.overlapping(range).all(suits) {
             return Err(RegisterError::Unsuitable);
         }
+        // Nothing less than a page.
+        let cuts = |at: VirtAddr| own.is_hugetlb(at) && !at.is_block_aligned();
+        let last = range.slice(range.pages().get() - 1, 1);
+        if cuts(range.start()) || own.is_hugetlb(last.start()) && !range.end().is_block_aligned() {
+            return Err(RegisterError::Unsuitable);
+        }
         // An event that is to be read may be about what was there before, and
         // have the engine forget this.
         let untold = self.queue.changing(SpaceId::OWN);

@@ -499,6 +499,53 @@ fn a_drop_that_comes_under_a_copy_holds_up_nobody() {
     }
 }
 
+/// Pages are copied to the device and dropped from the program, which remaps one of
+/// them to where another one of them was, before the kernel comes to that: it is
+/// dropped there, as it would have been at home, and is on the device.
+#[test]
+fn what_is_remapped_in_the_range_of_a_drop_is_not_lost() {
+    let mut config = config();
+    config.capabilities.move_pages = false;
+    config.capabilities.write_protect = true;
+    let process = Process::with(config);
+    let (range, elsewhere) = (pages(0), pages(100).slice(0, 1));
+    process.map(range, 1);
+    let [second, last] = [range.slice(1, 1), range.slice(PAGES - 1, 1)];
+    for (page, value) in [(second, 2), (last, 3)] {
+        let fill = &mut |data: &mut hmm_sim::Payload| data.fill(value);
+        let own = SpaceId::OWN;
+        let touch = process
+            .space
+            .touch(own, 1, page.start(), Access::Write, fill);
+        assert_eq!(touch, Touch::Done);
+    }
+    let remapped = Arc::new(AtomicBool::new(false));
+    let (space, told) = (process.space.clone(), Arc::clone(&remapped));
+    let engine = Arc::downgrade(&process.engine);
+    process.space.set_hook(Some(Arc::new(move |point| {
+        let Some(engine) = engine.upgrade() else {
+            return;
+        };
+        if point.needs_reader() {
+            engine.read();
+        }
+        if point == HookPoint::Discard && !told.swap(true, Ordering::Relaxed) {
+            for (from, to) in [(last, elsewhere), (second, last)] {
+                let ticket = space.mremap(from, to).unwrap().unwrap();
+                while space.is_unread(ticket) {
+                    engine.read();
+                }
+            }
+        }
+    })));
+    process
+        .engine
+        .request(Request::Migrate(range, DeviceId::new(0)));
+    assert!(remapped.load(Ordering::Relaxed), "something was dropped");
+    let values = [range.start(), last.start(), elsewhere.start()];
+    assert_eq!(values.map(|page| process.value(page)), [1, 2, 3]);
+}
+
 /// A handler has read a fault in memory that has nothing away, and does not get to
 /// run. Meanwhile other memory is mapped there, and goes to the device: it gets no
 /// zeros.
