@@ -102,9 +102,16 @@ impl SoftDevice {
             users: AtomicUsize::new(0),
             threads: std::sync::Mutex::new(Vec::new()),
         });
-        for worker in 0..config.workers {
-            let body = Box::new(move || worker::main(device, worker));
-            match embedder.spawn(format!("hmm-soft-{worker}"), body) {
+        let helper: (String, Box<dyn FnOnce() + Send>) = (
+            "hmm-soft-copy".to_owned(),
+            Box::new(|| device.help_to_copy()),
+        );
+        let workers = (0..config.workers).map(|worker| {
+            let body: Box<dyn FnOnce() + Send> = Box::new(move || worker::main(device, worker));
+            (format!("hmm-soft-{worker}"), body)
+        });
+        for (worker, (name, body)) in workers.chain([helper]).enumerate() {
+            match embedder.spawn(name, body) {
                 Ok(thread) => device.lock_threads().push(thread),
                 Err(error) => {
                     device.close();
@@ -210,6 +217,7 @@ impl SoftDevice {
             return;
         }
         self.board.close();
+        self.queue.close();
         let threads = std::mem::take(&mut *self.lock_threads());
         for thread in threads {
             thread.join();
@@ -322,6 +330,12 @@ impl SoftDevice {
 
     fn lock_threads(&self) -> std::sync::MutexGuard<'_, Vec<Box<dyn Join>>> {
         self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Body of the thread that helps with large copies.
+    fn help_to_copy(&self) {
+        worker::block_signals();
+        self.queue.help();
     }
 
     /// Keeps memory and tables until the value is dropped; `None` when they

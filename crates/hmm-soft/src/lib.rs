@@ -65,6 +65,7 @@ mod error;
 mod faults;
 mod frames;
 mod guard;
+mod helper;
 mod launch;
 mod memory;
 mod page_table;

@@ -1,9 +1,9 @@
 //! The copy queue.
 //!
 //! The thread that submits does the copying: on the fault path a hop to another
-//! thread would cost more than the copy of a page, and for large copies one
-//! core writes as fast as the memory takes it. So a fence is reached when it is
-//! handed out, and waiting for it only tells how it went.
+//! thread would cost more than the copy of a page. With a large copy another one
+//! helps, if there is just that one. So a fence is reached when it is handed out, and
+//! waiting for it only tells how it went.
 //!
 //! A fence speaks for its own submission alone: many threads share the queue,
 //! and one must not learn of (or consume) another's failure.
@@ -19,6 +19,7 @@ use hmm_types::{FrameRange, PAGE_SHIFT, VirtAddr};
 use crate::copy::Copier;
 use crate::faults::{FailAt, Injector, LossMode};
 use crate::guard;
+use crate::helper::Helper;
 use crate::memory::DeviceMemory;
 use crate::stats::Counters;
 
@@ -38,6 +39,7 @@ struct LateFailure {
 pub(crate) struct CopyQueue {
     issued: AtomicU64,
     copier: Copier,
+    helper: Helper,
     late: Mutex<[LateFailure; LATE_FAILURES]>,
 }
 
@@ -47,6 +49,7 @@ impl CopyQueue {
         Self {
             issued: AtomicU64::new(0),
             copier: Copier::detect(),
+            helper: Helper::new(),
             late: Mutex::new(
                 Rank::Device,
                 [LateFailure {
@@ -129,14 +132,14 @@ impl CopyQueue {
                 // and so are frames, which `pointer` has checked to exist. The
                 // two are different mappings, so they are apart.
                 Transfer::ToDevice { host, .. } => unsafe {
-                    self.copier
-                        .copy(pointer(host).cast_const(), device, len, stream);
+                    let from = pointer(host).cast_const();
+                    self.helper.copy(&self.copier, from, device, len, stream);
                     counters.bytes_to_device.add(len as u64);
                 },
                 // SAFETY: as above.
                 Transfer::ToHost { host, .. } => unsafe {
-                    self.copier
-                        .copy(device.cast_const(), pointer(host), len, stream);
+                    let (from, to) = (device.cast_const(), pointer(host));
+                    self.helper.copy(&self.copier, from, to, len, stream);
                     counters.bytes_to_host.add(len as u64);
                 },
                 // SAFETY: as above.
@@ -151,6 +154,16 @@ impl CopyQueue {
         }
         counters.copies.add(transfers.len() as u64);
         Ok(())
+    }
+
+    /// Body of the thread that helps with large copies.
+    pub(crate) fn help(&self) {
+        self.helper.run(&self.copier);
+    }
+
+    /// Ends that thread.
+    pub(crate) fn close(&self) {
+        self.helper.close();
     }
 
     /// Says how a submission went.

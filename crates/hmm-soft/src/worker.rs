@@ -53,7 +53,7 @@ impl WorkerSlot {
 
 /// The program's signal handlers may touch memory that is on a device, which an
 /// access section must not: they run on other threads.
-fn block_signals() {
+pub(crate) fn block_signals() {
     let mut set = MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: `sigfillset` writes the whole set, which the other two then
     // change and read; the mask is this thread's own.
