@@ -33,7 +33,6 @@ struct Offer {
     copy: Option<Copy>,
     /// Goes up with each, so that a helper takes one once.
     number: u64,
-    closed: bool,
 }
 
 /// The helper of a device, as those see it who copy.
@@ -49,6 +48,9 @@ pub(crate) struct Helper {
     next: AtomicUsize,
     /// The helper works on the offered copy.
     helps: AtomicBool,
+    /// The helper is there.
+    runs: AtomicBool,
+    closed: AtomicBool,
 }
 
 impl Helper {
@@ -61,12 +63,13 @@ impl Helper {
                 Offer {
                     copy: None,
                     number: 0,
-                    closed: false,
                 },
             ),
             offered: Condvar::new(),
             next: AtomicUsize::new(0),
             helps: AtomicBool::new(false),
+            runs: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
         }
     }
 
@@ -141,9 +144,10 @@ impl Helper {
 
     /// Body of the helper.
     pub(crate) fn run(&self, copier: &Copier) {
+        self.runs.store(true, Ordering::SeqCst);
         let mut seen = 0;
         let mut offer = self.offer.lock();
-        while !offer.closed {
+        while !self.closed.load(Ordering::SeqCst) {
             let Some(copy) = offer.copy.filter(|_| offer.number != seen) else {
                 offer = self.offered.wait_timeout(offer, NAP);
                 continue;
@@ -160,12 +164,18 @@ impl Helper {
             self.helps.store(false, Ordering::Release);
             offer = self.offer.lock();
         }
+        drop(offer);
+        self.runs.store(false, Ordering::SeqCst);
     }
 
-    /// Ends the helper.
+    /// Ends the helper. Without the lock: a thread of the program calls this, which
+    /// may stop at any instruction until a page has come home, and that takes a copy.
     pub(crate) fn close(&self) {
-        self.offer.lock().closed = true;
-        self.offered.notify_one();
+        self.closed.store(true, Ordering::SeqCst);
+        while self.runs.load(Ordering::SeqCst) {
+            self.offered.notify_one();
+            std::thread::sleep(Duration::from_micros(100));
+        }
     }
 }
 
