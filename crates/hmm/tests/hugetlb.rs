@@ -6,7 +6,7 @@ mod common;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{
     HUGE, Map, PAGE, WORDS, adds_up, all_free, device, engine, engine_of, fetch, fork, helper,
@@ -259,18 +259,22 @@ fn writers_race_with_migrations() {
 /// moment of that.
 #[test]
 fn droppers_race_with_migrations() {
-    const ROUNDS: u64 = 300;
+    /// By time, as a drop takes long in an emulated machine.
+    const TIME: Duration = Duration::from_secs(1);
     let _pool = pool!(6);
     let _dog = watchdog("droppers_race_with_migrations", 120);
     let (hmm, device) = engine(16);
     let map = huge(2);
-    let running = AtomicUsize::new(2);
+    let (running, late) = (AtomicUsize::new(2), Instant::now() + TIME);
     std::thread::scope(|scope| {
         for number in 0..2 {
             let (map, running) = (&map, &running);
             scope.spawn(move || {
                 let (first, words) = (number * HUGE, [3, 200 * WORDS, 511 * WORDS + 9]);
-                for round in 1..=ROUNDS {
+                for round in 1.. {
+                    if Instant::now() > late {
+                        break;
+                    }
                     for word in words {
                         map.set(first * WORDS + word, round);
                     }
