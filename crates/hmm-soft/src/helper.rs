@@ -183,7 +183,9 @@ impl Helper {
 mod tests {
     use super::*;
 
-    fn copies(helper: &Helper, copier: &Copier, times: u64) {
+    /// Copies so many times. `alone`: nobody else does, so that nobody may be at work
+    /// any more when a copy has returned.
+    fn copies(helper: &Helper, copier: &Copier, times: u64, alone: bool) {
         let most = 3 * WORTH_BYTES;
         let mut to = vec![0u64; most / 8];
         for time in 0..times {
@@ -201,6 +203,11 @@ mod tests {
                 let (from, to) = (from.as_ptr().cast(), to.as_mut_ptr().cast());
                 helper.copy(copier, from, to, len_bytes, false);
             }
+            let helps = helper.helps.load(Ordering::Relaxed);
+            assert!(
+                !(alone && helps),
+                "who has copied goes on while a part is missing"
+            );
             assert!(to[..len_bytes / 8] == from[..len_bytes / 8], "copy {time}");
             assert!(to[len_bytes / 8..].iter().all(|&word| word == 0));
         }
@@ -210,17 +217,17 @@ mod tests {
     fn whoever_copies_gets_all_of_it() {
         let (helper, copier) = (Helper::new(), Copier::detect());
         // Nobody helps yet.
-        copies(&helper, &copier, 3);
+        copies(&helper, &copier, 3, true);
         std::thread::scope(|scope| {
             scope.spawn(|| helper.run(&copier));
-            copies(&helper, &copier, 60);
+            copies(&helper, &copier, 60, true);
             // Two at a time.
-            let second = scope.spawn(|| copies(&helper, &copier, 40));
-            copies(&helper, &copier, 40);
+            let second = scope.spawn(|| copies(&helper, &copier, 40, false));
+            copies(&helper, &copier, 40, false);
             second.join().unwrap();
             helper.close();
         });
         // Nor any more.
-        copies(&helper, &copier, 3);
+        copies(&helper, &copier, 3, true);
     }
 }
