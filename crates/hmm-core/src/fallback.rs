@@ -341,7 +341,7 @@ impl Engine<'_> {
     }
 
     /// What an event would have said about pages that were dropped without one.
-    fn note_dropped(&self, flight: &Flight, offset: u32, pages: u32) {
+    pub(crate) fn note_dropped(&self, flight: &Flight, offset: u32, pages: u32) {
         let map = self.gate.read();
         let mut inner = map.block(flight.block).lock();
         let first = flight.first + offset;
@@ -544,7 +544,8 @@ impl Engine<'_> {
                 inner.set(index, PageState::Device { device, frame });
             } else if entry.state().in_flight() {
                 slot.free(FrameRange::new(frame, 1));
-                inner.set(index, Self::at_home(block, index, doomed));
+                let removed = doomed && !entry.refilled();
+                inner.set(index, Self::at_home(block, index, removed));
             }
             if entry.parked() {
                 self.wake_pages(block, index, 1);

@@ -140,7 +140,7 @@ impl Engine<'_> {
                     // It is there: the fault is an old one.
                     Some(_) => Found::Wake,
                     None => {
-                        dropped.for_each(|index| inner.doom(index));
+                        dropped.for_each(|index| inner.refill(index));
                         Found::Wake
                     }
                 }

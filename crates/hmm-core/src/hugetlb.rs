@@ -10,6 +10,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 
+use hmm_hal::Dropped;
 use hmm_mem::Pages;
 use hmm_types::{
     BLOCK_PAGES, FrameRange, PAGES_PER_BLOCK, PageCount, PageRange, StayReason, VirtAddr,
@@ -179,7 +180,14 @@ impl Engine<'_> {
                 marked.is_some_and(|(place, _)| place == page.place)
             });
             hmm_sync::assert_none_held();
-            let dropped = unchanged.then(|| self.space.discard(span).is_ok());
+            let dropped = unchanged.then(|| match self.space.discard(span) {
+                Ok(Dropped::Reported) => true,
+                Ok(Dropped::Unreported) => {
+                    pages().for_each(|page| self.note_dropped(&page.flight, 0, BLOCK_PAGES));
+                    true
+                }
+                Err(_) => false,
+            });
             let mut gone = dropped == Some(true);
             for page in pages() {
                 gone = gone && self.is_dropped(executor, &page.flight);

@@ -159,6 +159,15 @@ impl BlockInner {
         }
     }
 
+    /// Notes that a page in flight was removed by the program, which has zeros there
+    /// now.
+    pub(crate) fn refill(&mut self, index: u32) {
+        debug_assert!(self.state(index).in_flight());
+        if let Some(table) = self.table.as_mut() {
+            table[index as usize].refill();
+        }
+    }
+
     /// The device in whose coherent memory a page is.
     pub(crate) fn coherent(&self, index: u32) -> Option<DeviceId> {
         self.entry(index).coherent()

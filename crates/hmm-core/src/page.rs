@@ -1,15 +1,16 @@
 //! The state of one page, packed into eight bytes.
 //!
 //! ```text
-//!  63  51    50      49     48    47  44 43  40 39     32 31            0
-//! +------+--------+------+------+------+-------+---------+---------------+
-//! |      |coherent|doomed|parked|      | state | device  | frame or page |
-//! +------+--------+------+------+------+-------+---------+---------------+
+//!  63  52    51       50      49     48    47  44 43  40 39     32 31            0
+//! +------+--------+--------+------+------+------+-------+---------+---------------+
+//! |      |refilled|coherent|doomed|parked|      | state | device  | frame or page |
+//! +------+--------+--------+------+------+------+-------+---------+---------------+
 //! ```
 //!
 //! A page *in flight* is owned by the executor that set the state: nobody else
 //! changes it. Others leave a mark: `parked` (a CPU thread waits for the end),
-//! `doomed` (the program removed the page meanwhile, so the end is to drop it).
+//! `doomed` (the program removed the page meanwhile, so the end is to drop it),
+//! `refilled` (and has got another one in its place, which is the program's).
 //! A page that rests with the CPU may be *coherent*: in a device's memory that the
 //! CPU uses in place; then the entry has that device.
 
@@ -90,6 +91,7 @@ const DEVICE_SHIFT: u32 = 32;
 const PARKED: u64 = 1 << 48;
 const DOOMED: u64 = 1 << 49;
 const COHERENT: u64 = 1 << 50;
+const REFILLED: u64 = 1 << 51;
 const NO_PAGE: u32 = u32::MAX;
 
 impl PageEntry {
@@ -190,8 +192,19 @@ impl PageEntry {
         self.0 |= PARKED;
     }
 
+    /// The program is about to remove the page.
     pub(crate) const fn doom(&mut self) {
-        self.0 |= DOOMED;
+        self.0 = self.0 & !REFILLED | DOOMED;
+    }
+
+    /// The program has removed the page, and has zeros in its place now.
+    pub(crate) const fn refill(&mut self) {
+        self.0 |= DOOMED | REFILLED;
+    }
+
+    /// The page is doomed, but nothing that is there now is to be dropped.
+    pub(crate) const fn refilled(self) -> bool {
+        self.0 & REFILLED != 0
     }
 }
 
@@ -226,6 +239,11 @@ mod tests {
                 entry.doom();
                 assert_eq!(entry.state(), state);
                 assert!(entry.parked() && entry.doomed());
+                entry.refill();
+                assert_eq!(entry.state(), state);
+                assert!(entry.doomed() && entry.refilled());
+                entry.doom();
+                assert!(entry.doomed() && !entry.refilled());
             }
         }
     }

@@ -9,8 +9,9 @@ use rustix::io::Result;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, opcode};
 
 pub(crate) use linux_raw_sys::general::{
-    page_region, pm_scan_arg, procmap_query, uffd_msg, uffdio_api, uffdio_copy, uffdio_move,
-    uffdio_poison, uffdio_range, uffdio_register, uffdio_writeprotect, uffdio_zeropage,
+    page_region, pm_scan_arg, procmap_query, uffd_msg, uffdio_api, uffdio_continue, uffdio_copy,
+    uffdio_move, uffdio_poison, uffdio_range, uffdio_register, uffdio_writeprotect,
+    uffdio_zeropage,
 };
 
 pub(crate) const UFFDIO_API: Opcode = numbers::UFFDIO_API;
@@ -22,6 +23,8 @@ pub(crate) const UFFDIO_ZEROPAGE: Opcode = numbers::UFFDIO_ZEROPAGE;
 pub(crate) const UFFDIO_WRITEPROTECT: Opcode = numbers::UFFDIO_WRITEPROTECT;
 /// Linux 6.8.
 pub(crate) const UFFDIO_MOVE: Opcode = opcode::read_write::<uffdio_move>(0xAA, 0x05);
+/// Linux 5.13.
+pub(crate) const UFFDIO_CONTINUE: Opcode = opcode::read_write::<uffdio_continue>(0xAA, 0x07);
 /// Linux 6.6.
 pub(crate) const UFFDIO_POISON: Opcode = opcode::read_write::<uffdio_poison>(0xAA, 0x08);
 /// On /dev/userfaultfd, Linux 6.1.
@@ -63,6 +66,7 @@ const _: () = {
     assert!(UFFDIO_ZEROPAGE == 0xC020_AA04);
     assert!(UFFDIO_MOVE == 0xC028_AA05);
     assert!(UFFDIO_WRITEPROTECT == 0xC018_AA06);
+    assert!(UFFDIO_CONTINUE == 0xC020_AA07);
     assert!(UFFDIO_POISON == 0xC020_AA08);
     assert!(USERFAULTFD_IOC_NEW == 0xAA00);
     assert!(PAGEMAP_SCAN == 0xC060_6610);

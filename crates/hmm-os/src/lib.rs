@@ -58,7 +58,7 @@ pub use forks::{ForkHooks, guard_forks, unguard_forks};
 pub use memory_map::{MappedMemory, memory_of};
 pub use probe::{Finding, Machine};
 pub use refusal::has_registered_memory;
-pub use shared::{AttachError, Attached, Sharing, attach, unmap};
+pub use shared::{AttachError, Attached, RegionPages, Sharing, attach, unmap};
 pub use space::LinuxSpace;
 pub use staging::StagingConfig;
 pub use thread::{EngineThread, allowed_cpus, catching, is_engine_thread, uncatching};

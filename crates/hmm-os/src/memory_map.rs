@@ -66,6 +66,7 @@ impl MappedMemory {
             MemoryKind::File => Some(StayReason::FileBacked),
             MemoryKind::Shared if self.shared_region => None,
             MemoryKind::Shared => Some(StayReason::Shared),
+            MemoryKind::HugeTlb if self.shared_region => None,
             MemoryKind::HugeTlb if self.own_huge_pages && self.page_size.get() == BLOCK_SIZE => {
                 None
             }

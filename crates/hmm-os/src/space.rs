@@ -25,7 +25,7 @@ use crate::pagemap::Pagemap;
 use crate::peek;
 use crate::refusal;
 use crate::region::Region;
-use crate::shared::{Regions, peer_key};
+use crate::shared::{RegionPages, Regions, peer_key};
 use crate::staging::Staging;
 use crate::text::Lines;
 use crate::thread::table;
@@ -163,9 +163,14 @@ impl LinuxSpace {
         })
     }
 
-    /// Whether the kernel can watch shared memory, so that it can migrate.
-    pub fn can_share(&self) -> bool {
-        let needed = FEATURES_SHARED | FEATURE_WP;
+    /// Whether the kernel can watch shared memory of such pages, so that it can
+    /// migrate.
+    pub fn can_share(&self, pages: RegionPages) -> bool {
+        let needed = FEATURE_WP
+            | match pages {
+                RegionPages::Small => FEATURES_SHARED,
+                RegionPages::Huge => FEATURES_HUGETLB,
+            };
         self.parts().uffd.features() & needed == needed
     }
 
@@ -305,6 +310,10 @@ impl LinuxSpace {
     /// Why a huge page of hugetlbfs could not be placed, if the kernel said that
     /// there is one and there is none: it says so too when its pool is empty.
     fn why_not_there(&self, page: PageRange) -> Option<Stop> {
+        // A peer may have met it, and the own page table not.
+        if let Some(there) = self.parts().regions.has_page(page) {
+            return (!there).then_some(Stop::NoMemory);
+        }
         let there = self.parts().pagemap.is_present(page.start());
         // One that the kernel itself is moving is not there either, for a moment.
         there.is_ok_and(|there| !there).then_some(Stop::NoMemory)
@@ -319,9 +328,12 @@ impl LinuxSpace {
         let first = range.slice(0, 1);
         let mut found = false;
         if space == SpaceId::OWN {
-            let _ = self.parts().map.visit(first, &mut |vma| {
+            let parts = self.parts();
+            let _ = parts.map.visit(first, &mut |vma| {
                 found |= vma.kind == MemoryKind::HugeTlb;
             });
+            // By its name it is shared memory.
+            found |= parts.regions.has_huge(first);
         } else if self.moves_huge_pages {
             // A child's map is out of reach. To allow writes to less than a page is
             // refused there, and does no harm elsewhere: a child may write to all
@@ -442,13 +454,13 @@ impl AddressSpace for LinuxSpace {
         // Pins cannot be seen on pages of hugetlbfs; where there are none at all
         // there are none on those.
         let mut pinned = None;
-        let mut movable = |vma: &Vma| {
-            vma.own_huge_pages
-                && self.moves_huge_pages
+        let mut movable = |vma: &Vma, region: bool| {
+            (region || vma.own_huge_pages && self.moves_huge_pages)
                 && !*pinned.get_or_insert_with(|| refusal::anything_pinned().unwrap_or(true))
         };
         let result = parts.map.visit(range, &mut |vma| {
-            let huge_pages = movable(&vma);
+            let huge_region = parts.regions.has_huge(vma.range);
+            let huge_pages = movable(&vma, huge_region);
             let mut rest = vma.range.intersection(range);
             while let Some(asked) = rest {
                 let (part, engine_owned, thread_memory) = split(asked);
@@ -458,7 +470,11 @@ impl AddressSpace for LinuxSpace {
                         (all, false, false) if all == vma.range => all,
                         _ => part,
                     },
-                    kind: vma.kind,
+                    kind: if huge_region {
+                        MemoryKind::HugeTlb
+                    } else {
+                        vma.kind
+                    },
                     huge_pages,
                     shared_region: parts.regions.has(part),
                     permissions: vma.permissions,
@@ -495,7 +511,9 @@ impl AddressSpace for LinuxSpace {
             if let Some(part) = vma.range.intersection(range) {
                 let mut visit = |part, page: CpuPage| {
                     // A plain page map does not tell huge pages from small ones.
-                    let huge = page.huge || vma.kind == MemoryKind::HugeTlb;
+                    let huge = page.huge
+                        || vma.kind == MemoryKind::HugeTlb
+                        || parts.regions.has_huge(part);
                     let gigantic = vma.gigantic;
                     visit(
                         part,
@@ -615,6 +633,7 @@ impl AddressSpace for LinuxSpace {
             let zeros = self.parts().zeros.range().start();
             let huge = huge_page_of(range);
             let filled = self.place_huge(space, huge, |uffd| uffd.copy(zeros, huge));
+            let filled = self.placed(space, huge, filled);
             return Progress {
                 done: filled.done.min(range.pages()),
                 ..filled

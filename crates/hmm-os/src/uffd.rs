@@ -62,6 +62,8 @@ pub(crate) const FEATURES_HUGETLB: u64 =
 /// Shared memory: pages can be missed and write-protected.
 pub(crate) const FEATURES_SHARED: u64 =
     raw::UFFD_FEATURE_MISSING_SHMEM as u64 | raw::UFFD_FEATURE_WP_HUGETLBFS_SHMEM as u64;
+/// hugetlbfs that is shared: whether there is a page can be asked of a peer's mapping.
+pub(crate) const FEATURE_MINOR_HUGETLB: u64 = raw::UFFD_FEATURE_MINOR_HUGETLBFS as u64;
 pub(crate) const FEATURE_MOVE: u64 = raw::UFFD_FEATURE_MOVE as u64;
 pub(crate) const FEATURE_POISON: u64 = raw::UFFD_FEATURE_POISON as u64;
 /// Without these a mapping could change unseen, and data be lost.
@@ -183,9 +185,25 @@ impl Uffd {
         } else {
             0
         };
+        self.register_for(range, raw::UFFDIO_REGISTER_MODE_MISSING | wp)
+    }
+
+    /// Registers shared memory that is registered already so that
+    /// [`Uffd::map_existing`] works on it.
+    pub(crate) fn register_minor(
+        &self,
+        range: PageRange,
+    ) -> core::result::Result<(), RegisterError> {
+        let all = raw::UFFDIO_REGISTER_MODE_MISSING
+            | raw::UFFDIO_REGISTER_MODE_WP
+            | raw::UFFDIO_REGISTER_MODE_MINOR;
+        self.register_for(range, all)
+    }
+
+    fn register_for(&self, range: PageRange, mode: u32) -> core::result::Result<(), RegisterError> {
         let mut argument = abi::uffdio_register {
             range: raw_range(range),
-            mode: (raw::UFFDIO_REGISTER_MODE_MISSING | wp).into(),
+            mode: mode.into(),
             ioctls: 0,
         };
         // SAFETY: registering is the act that changes what a load does; the
@@ -288,6 +306,18 @@ impl Uffd {
         progress
     }
 
+    /// Maps a page that the file has; false when it has none.
+    pub(crate) fn map_existing(&self, page: PageRange) -> bool {
+        let mut argument = abi::uffdio_continue {
+            range: raw_range(page),
+            mode: 0,
+            mapped: 0,
+        };
+        // SAFETY: nothing but a page of the mapping's own file is mapped.
+        let result = unsafe { abi::ioctl(self.as_fd(), abi::UFFDIO_CONTINUE, &mut argument) };
+        matches!(result, Ok(_) | Err(Errno::EXIST))
+    }
+
     /// Marks holes so that touching one raises SIGBUS.
     pub(crate) fn poison(&self, range: PageRange) -> Progress {
         let progress = advance(range.pages(), |first, pages| {
@@ -313,12 +343,13 @@ impl Uffd {
         }
     }
 
-    /// Does something to all pages of a range that allow it, whatever the others are:
-    /// parts of it may not be mapped, or have been done already. True when it has to
-    /// be done again, after an event has been read.
+    /// Does something to all pages of a range, of this size, that allow it, whatever
+    /// the others are: parts of it may not be mapped, or have been done already. True
+    /// when it has to be done again, after an event has been read.
     pub(crate) fn wherever_possible(
         &self,
         range: PageRange,
+        page: PageCount,
         call: impl Fn(&Self, PageRange) -> Progress,
     ) -> bool {
         let mut from = range.start();
@@ -327,7 +358,7 @@ impl Uffd {
             match progress.stop {
                 None | Some(Stop::Gone) => return false,
                 Some(Stop::Again) => return true,
-                Some(_) => from = from.plus_pages(progress.done.get() + 1),
+                Some(_) => from = from.plus_pages(progress.done.get() + page.get()),
             }
         }
         false

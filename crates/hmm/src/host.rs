@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use hmm_core::{Destination, Engine, MirrorEntry, Relief, StatsSnapshot};
 use hmm_hal::Device;
 use hmm_mem::Pages;
-use hmm_os::{EngineThread, EngineThreads, LinuxSpace, MonotonicClock, Sharing};
+use hmm_os::{EngineThread, EngineThreads, LinuxSpace, MonotonicClock, RegionPages, Sharing};
 use hmm_soft::SoftDevice;
 use hmm_sync::{Condvar, Mutex, Rank};
 use hmm_types::{Access, ByteCount, DeviceId, MAX_DEVICES, PageCount, PageRange, PageResidency};
@@ -350,14 +350,43 @@ impl Hmm {
         if !self.host().is_own_process() {
             return Err(Error::Forked);
         }
-        crate::SharedRegion::open(self.host(), size, path.as_ref())
+        crate::SharedRegion::open(self.host(), size, RegionPages::Small, path.as_ref())
+    }
+
+    /// The same in huge pages of 2 MiB, which leave and come home whole; `size` is
+    /// rounded up to those. They are taken from the kernel's pool
+    /// (`/proc/sys/vm/nr_hugepages`): all of them now, and again whenever they come
+    /// home. If the pool is empty then, they stay on the device, and who touches
+    /// them waits.
+    ///
+    /// # Errors
+    /// As [`Hmm::share`]. The pool has too few pages: [`Error::Share`], and nothing was
+    /// changed.
+    ///
+    /// ```no_run
+    /// let hmm = hmm::Hmm::open()?;
+    /// let region = hmm.share_huge(hmm::ByteCount::mib(64), "/run/user/1000/frames")?;
+    /// # drop(region);
+    /// # hmm.shutdown()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn share_huge(
+        &self,
+        size: ByteCount,
+        path: impl AsRef<std::path::Path>,
+    ) -> Result<crate::SharedRegion, Error> {
+        if !self.host().is_own_process() {
+            return Err(Error::Forked);
+        }
+        crate::SharedRegion::open(self.host(), size, RegionPages::Huge, path.as_ref())
     }
 
     /// Whether [`Hmm::share`] works here: Linux 5.19 or later.
     #[must_use]
     pub fn can_share(&self) -> bool {
         let host = self.host();
-        host.threads.run_on_root(|| host.space.can_share())
+        host.threads
+            .run_on_root(|| host.space.can_share(RegionPages::Small))
     }
 
     /// Moves memory to a device, and waits until it is there. Each page moves

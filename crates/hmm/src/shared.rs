@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use hmm_os::{Attached, Sharing};
-use hmm_types::{ByteCount, PAGE_SIZE, PageRange, RangeError};
+use hmm_os::{Attached, RegionPages, Sharing};
+use hmm_types::{ByteCount, PageRange, RangeError};
 
 use crate::host::Host;
 use crate::{Error, Memory};
@@ -28,7 +28,12 @@ pub struct SharedRegion {
 }
 
 impl SharedRegion {
-    pub(crate) fn open(host: &'static Host, size: ByteCount, path: &Path) -> Result<Self, Error> {
+    pub(crate) fn open(
+        host: &'static Host,
+        size: ByteCount,
+        pages: RegionPages,
+        path: &Path,
+    ) -> Result<Self, Error> {
         let refused = |source| Error::Share {
             path: path.to_owned(),
             source,
@@ -41,12 +46,13 @@ impl SharedRegion {
             });
         }
         let too_large = || refused(std::io::ErrorKind::OutOfMemory.into());
-        let bytes = size.get().checked_next_multiple_of(PAGE_SIZE);
+        let bytes = size.get();
+        let bytes = bytes.checked_next_multiple_of(pages.size().bytes().get());
         let bytes = bytes.ok_or_else(too_large)?;
         let absolute = std::path::absolute(path).map_err(refused)?;
         let sharing = host
             .threads
-            .run_on_root(|| Sharing::start(&host.threads, host.space, bytes, &absolute))
+            .run_on_root(|| Sharing::start(&host.threads, host.space, bytes, pages, &absolute))
             .map_err(refused)?;
         let window = sharing.window();
         host.keep_sharing(sharing);

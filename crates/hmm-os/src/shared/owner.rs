@@ -3,12 +3,13 @@
 use std::fs;
 use std::io;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::ptr;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use hmm_hal::{Event, Presence, Progress, SpaceError, SpaceId, Stop};
@@ -24,7 +25,8 @@ use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 use rustix::net::{Shutdown, shutdown};
 
-use super::{NAME, wire};
+use super::bits::Bits;
+use super::{NAME, RegionPages, wire};
 use crate::message::{Message, translate};
 use crate::space::LinuxSpace;
 use crate::thread::EngineThread;
@@ -59,9 +61,13 @@ struct Region {
     file: OwnedFd,
     /// Where the owner has it.
     window: PageRange,
-    /// Pages that are write-protected, one bit each: whoever comes now must not
-    /// write to them either.
-    protected: hmm_mem::Vec<AtomicU64>,
+    pages: RegionPages,
+    /// Pages that are write-protected: whoever comes now must not write to them
+    /// either.
+    protected: Bits,
+    /// Huge pages that have been taken out: the file does not tell (`SEEK_DATA`
+    /// finds no holes in hugetlbfs). It has all the others from the start.
+    taken_out: Bits,
     peers: [Option<Peer>; MAX_PEERS],
     /// The owner has unmapped its mapping, or moved it: what was away is lost.
     lost: bool,
@@ -82,26 +88,48 @@ impl Region {
         self.peers.iter().flatten()
     }
 
-    fn note_protected(&self, part: PageRange, on: bool) {
-        for page in part.iter_pages() {
-            let index = PageCount::new(page.pages_since(self.window.start())).index();
-            let bit = 1 << (index % 64);
-            if on {
-                self.protected[index / 64].fetch_or(bit, Ordering::Relaxed);
-            } else {
-                self.protected[index / 64].fetch_and(!bit, Ordering::Relaxed);
-            }
-        }
+    /// The pages that a part of the window touches, by number.
+    fn numbers(&self, part: PageRange) -> Range<usize> {
+        let page = self.pages.size().index();
+        let within = |at: VirtAddr| PageCount::new(at.pages_since(self.window.start())).index();
+        within(part.start()) / page..within(part.end()).div_ceil(page)
+    }
+
+    /// A page by its number.
+    fn page(&self, number: usize) -> PageRange {
+        let pages = self.pages.size();
+        let first = PageCount::from(number * pages.index());
+        self.window.slice(first.get(), pages.get())
+    }
+
+    /// The page that an address is in.
+    fn page_around(&self, address: VirtAddr) -> PageRange {
+        let page = PageRange::from_pages(address.page_floor(), PageCount::ONE);
+        self.page(self.numbers(page).start)
+    }
+
+    fn note(&self, bits: &Bits, part: PageRange, on: bool) {
+        self.numbers(part).for_each(|number| bits.set(number, on));
     }
 
     fn protected_pages(&self) -> impl Iterator<Item = PageRange> {
-        self.window
-            .iter_pages()
-            .enumerate()
-            .filter_map(|(index, page)| {
-                let word = self.protected[index / 64].load(Ordering::Relaxed);
-                (word >> (index % 64) & 1 == 1).then(|| PageRange::from_pages(page, PageCount::ONE))
-            })
+        let protected = |&number: &usize| self.protected.get(number);
+        let numbers = self.numbers(self.window).filter(protected);
+        numbers.map(|number| self.page(number))
+    }
+
+    /// Visits what is there of a part, and what has been taken out.
+    fn visit_huge(&self, part: PageRange, visit: &mut dyn FnMut(PageRange, Presence)) {
+        for number in self.numbers(part) {
+            let presence = if self.taken_out.get(number) {
+                Presence::Hole
+            } else {
+                Presence::Present { huge: true }
+            };
+            if let Some(span) = self.page(number).intersection(part) {
+                visit(span, presence);
+            }
+        }
     }
 }
 
@@ -156,25 +184,39 @@ impl Regions {
         self.with(range, |_, part| part == range) == Some(true)
     }
 
+    /// Whether the range lies in a region of huge pages.
+    pub(crate) fn has_huge(&self, range: PageRange) -> bool {
+        self.with(range, |region, part| {
+            part == range && region.pages == RegionPages::Huge
+        }) == Some(true)
+    }
+
     /// Makes a region, and maps it for the owner.
-    fn add(&self, bytes: u64) -> io::Result<PageRange> {
-        let file = memfd_create(NAME, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    fn add(&self, bytes: u64, pages: RegionPages) -> io::Result<PageRange> {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = memfd_create(NAME, flags | pages.memfd_flags())?;
         ftruncate(&file, bytes)?;
         fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW)?;
-        let window = map(&file, bytes)?;
+        let window = map(&file, bytes).map_err(|error| pages.explain(error))?;
+        if pages == RegionPages::Huge
+            && let Err(error) = fallocate(&file, FallocateFlags::empty(), 0, bytes)
+        {
+            unmap(window);
+            return Err(pages.explain(error.into()));
+        }
         let mut slots = self.slots.write();
         let Some(slot) = slots.iter_mut().find(|slot| slot.is_none()) else {
             drop(slots);
             unmap(window);
             return Err(Errno::MFILE.into());
         };
-        let words = window.pages().index().div_ceil(64);
-        let mut protected = hmm_mem::vec_with_capacity(words);
-        protected.extend((0..words).map(|_| AtomicU64::new(0)));
+        let count = window.pages().index() / pages.size().index();
         *slot = Some(Region {
             file,
             window,
-            protected,
+            pages,
+            protected: Bits::new(count),
+            taken_out: Bits::new(count),
             peers: [const { None }; MAX_PEERS],
             lost: false,
         });
@@ -227,9 +269,9 @@ impl Regions {
     ) -> Option<Stop> {
         let mut again = false;
         for peer in region.peers() {
-            again |= peer
-                .uffd
-                .wherever_possible(region.of_peer(peer, part), &call);
+            again |=
+                peer.uffd
+                    .wherever_possible(region.of_peer(peer, part), region.pages.size(), &call);
         }
         again.then_some(Stop::Again)
     }
@@ -237,7 +279,7 @@ impl Regions {
     /// Write-protects in all peers what is protected in the owner, or the opposite.
     pub(crate) fn write_protect(&self, range: PageRange, on: bool) -> Option<Stop> {
         self.with(range, |region, part| {
-            region.note_protected(part, on);
+            region.note(&region.protected, part, on);
             Self::in_peers(region, part, |uffd, part| uffd.write_protect(part, on))
         })
         .flatten()
@@ -245,7 +287,19 @@ impl Regions {
 
     /// Pages are there again: peers may write to them, and look again.
     pub(crate) fn placed(&self, range: PageRange) {
+        self.with(range, |region, part| {
+            region.note(&region.taken_out, part, false)
+        });
         let _ = self.write_protect(range, false);
+    }
+
+    /// Whether a huge page is there; `None` when it is no region's.
+    pub(crate) fn has_page(&self, page: PageRange) -> Option<bool> {
+        self.with(page, |region, part| {
+            let number = region.numbers(part).start;
+            (region.pages == RegionPages::Huge).then(|| !region.taken_out.get(number))
+        })
+        .flatten()
     }
 
     /// Whoever touches the pages gets SIGBUS, in peers as in the owner.
@@ -269,6 +323,9 @@ impl Regions {
             let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             let offset = region.offset(part.start());
             let done = fallocate(&region.file, flags, offset, part.bytes().get());
+            if done.is_ok() {
+                region.note(&region.taken_out, part, true);
+            }
             done.map_err(|error| SpaceError {
                 operation: "dropping shared pages with fallocate(FALLOC_FL_PUNCH_HOLE)",
                 errno: error.raw_os_error(),
@@ -283,6 +340,10 @@ impl Regions {
         visit: &mut dyn FnMut(PageRange, Presence),
     ) -> Option<rustix::io::Result<()>> {
         self.with(range, |region, part| {
+            if region.pages == RegionPages::Huge {
+                region.visit_huge(part, visit);
+                return Ok(());
+            }
             let end = region.offset(part.end());
             let mut at = region.offset(part.start());
             let page_at = |offset: u64| region.window.start().plus_pages(offset / PAGE_SIZE);
@@ -325,20 +386,18 @@ impl Regions {
         else {
             return None;
         };
-        let page = address.page_floor();
+        let since = address.page_floor().pages_since(peer.start);
+        let own = region.window.start().plus_pages(since);
         if region.lost {
             // The owner's engine does not know the page any more.
-            let page = PageRange::from_pages(page, PageCount::ONE);
+            let page = region.of_peer(peer, region.page_around(own));
             let _ = peer.uffd.poison_protected(page);
             peer.uffd.wake(page);
             return None;
         }
         Some(Event::Fault {
             space: SpaceId::OWN,
-            address: region
-                .window
-                .start()
-                .plus_pages(page.pages_since(peer.start)),
+            address: own,
             kind,
             access,
             thread: 0,
@@ -426,13 +485,14 @@ impl Sharing {
         threads: &EngineThreads,
         space: &'static LinuxSpace,
         bytes: u64,
+        pages: RegionPages,
         path: &Path,
     ) -> io::Result<Self> {
-        if !space.can_share() {
+        if !space.can_share(pages) {
             return Err(Errno::OPNOTSUPP.into());
         }
         let listener = UnixListener::bind(path)?;
-        let shared = Self::share(threads, space, bytes, path, listener);
+        let shared = Self::share(threads, space, bytes, pages, path, listener);
         if shared.is_err() {
             let _ = fs::remove_file(path);
         }
@@ -443,12 +503,13 @@ impl Sharing {
         threads: &EngineThreads,
         space: &'static LinuxSpace,
         bytes: u64,
+        pages: RegionPages,
         path: &Path,
         listener: UnixListener,
     ) -> io::Result<Self> {
         fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
         let own = listener.try_clone()?;
-        let window = space.regions().0.add(bytes)?;
+        let window = space.regions().0.add(bytes, pages)?;
         let serve = move || serve_peers(space, window, &own);
         match threads.spawn("hmm-share", None, serve) {
             Ok(thread) => Ok(Self {

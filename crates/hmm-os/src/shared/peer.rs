@@ -9,15 +9,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use hmm_types::{PAGE_SIZE, PageRange};
-use rustix::fs::{SeekFrom, seek};
+use rustix::fs::{SeekFrom, fstatfs, seek};
 use rustix::io::Errno;
 
 use super::owner::{map, unmap};
-use super::wire;
+use super::{RegionPages, wire};
 use crate::fatal::fail;
 use crate::thread::EngineThread;
 use crate::threads::EngineThreads;
-use crate::uffd::{FEATURE_POISON, FEATURE_WP, FEATURES_SHARED, Reach, Uffd};
+use crate::uffd::{
+    FEATURE_MINOR_HUGETLB, FEATURE_POISON, FEATURE_WP, FEATURES_HUGETLB, FEATURES_SHARED, Reach,
+    Uffd,
+};
+
+/// What statfs(2) calls hugetlbfs.
+const HUGETLBFS_MAGIC: u32 = 0x9584_58f6;
 
 /// Why a region could not be attached; nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -86,10 +92,11 @@ pub fn attach(path: &Path) -> Result<Attached, AttachError> {
     let (window, stream, watch) = threads.run_on_root(|| {
         let (stream, file, bytes) = connect(path)?;
         let window = map(&file, bytes).map_err(AttachError::Map)?;
-        let joined = join(&stream, window).and_then(|uffd| {
+        let pages = pages_of(&file);
+        let joined = join(&stream, window, pages).and_then(|uffd| {
             let (own, file) = (stream.try_clone()?, file);
             let ending = Arc::clone(&ending);
-            let body = move || watch(&own, &ending, &uffd, &file, window);
+            let body = move || watch(&own, &ending, &uffd, &file, window, pages);
             Ok(threads.spawn("hmm-attached", None, body)?)
         });
         match joined {
@@ -118,14 +125,27 @@ fn connect(path: &Path) -> Result<(UnixStream, OwnedFd, u64), AttachError> {
     }
 }
 
+fn pages_of(file: &OwnedFd) -> RegionPages {
+    let huge = |kind| u32::try_from(kind) == Ok(HUGETLBFS_MAGIC);
+    match fstatfs(file) {
+        Ok(found) if huge(found.f_type) => RegionPages::Huge,
+        _ => RegionPages::Small,
+    }
+}
+
 /// Has the owner serve the mapping's faults.
-fn join(stream: &UnixStream, window: PageRange) -> Result<Uffd, AttachError> {
-    let wanted = FEATURES_SHARED | FEATURE_WP | FEATURE_POISON;
+fn join(stream: &UnixStream, window: PageRange, pages: RegionPages) -> Result<Uffd, AttachError> {
+    let needed = FEATURE_WP
+        | match pages {
+            RegionPages::Small => FEATURES_SHARED,
+            RegionPages::Huge => FEATURES_HUGETLB | FEATURE_MINOR_HUGETLB,
+        };
+    let wanted = needed | FEATURE_POISON;
     let refused = |error: Errno| AttachError::Watch(error.into());
     let uffd = Uffd::open(Reach::Full, wanted)
         .or_else(|_| Uffd::open(Reach::UserMode, wanted))
         .map_err(refused)?;
-    if uffd.features() & (FEATURES_SHARED | FEATURE_WP) != FEATURES_SHARED | FEATURE_WP {
+    if uffd.features() & needed != needed {
         return Err(refused(Errno::NOSYS));
     }
     uffd.register(window, true)
@@ -138,14 +158,24 @@ fn join(stream: &UnixStream, window: PageRange) -> Result<Uffd, AttachError> {
 }
 
 /// Body of the thread that waits for the owner's end.
-fn watch(stream: &UnixStream, ending: &AtomicBool, uffd: &Uffd, file: &OwnedFd, window: PageRange) {
+fn watch(
+    stream: &UnixStream,
+    ending: &AtomicBool,
+    uffd: &Uffd,
+    file: &OwnedFd,
+    window: PageRange,
+    pages: RegionPages,
+) {
     match wire::receive(stream, wire::BYE) {
         _ if ending.load(Ordering::Acquire) => {}
         // Everything is home: from now on this is memory like any other.
         Ok(_) => drop(uffd.unregister(window)),
         // What the owner had on its devices went with it, and must not read as
         // zeros.
-        Err(_) => poison_holes(uffd, file, window),
+        Err(_) => match pages {
+            RegionPages::Small => poison_holes(uffd, file, window),
+            RegionPages::Huge => poison_huge_holes(uffd, window),
+        },
     }
 }
 
@@ -157,16 +187,34 @@ fn poison_holes(uffd: &Uffd, file: &OwnedFd, window: PageRange) {
         let data = seek(file, SeekFrom::Data(at)).unwrap_or(end).min(end);
         if at < data {
             let hole = PageRange::span(page_at(at), page_at(data));
-            if uffd.features() & FEATURE_POISON == 0 {
-                fail(format_args!(
-                    "the owner of the shared region at {window} has ended with pages of it on its \
-                     devices, and this kernel cannot mark them; zeros in their place would be wrong \
-                     data, so the process ends now"
-                ));
-            }
-            uffd.wherever_possible(hole, Uffd::poison_protected);
-            uffd.wake(hole);
+            poison(uffd, window, hole, RegionPages::Small);
         }
         at = seek(file, SeekFrom::Hole(data)).unwrap_or(end).min(end);
     }
+}
+
+/// hugetlbfs does not tell holes (`SEEK_DATA`). But nobody fills them any more, and a
+/// page that is there can be mapped here.
+fn poison_huge_holes(uffd: &Uffd, window: PageRange) {
+    let page = RegionPages::Huge.size();
+    for first in (0..window.pages().get()).step_by(page.index()) {
+        let page = window.slice(first, page.get());
+        // One by one: the program may have mapped something else in place of some.
+        let there = uffd.register_minor(page).is_ok() && uffd.map_existing(page);
+        if !there {
+            poison(uffd, window, page, RegionPages::Huge);
+        }
+    }
+}
+
+fn poison(uffd: &Uffd, window: PageRange, hole: PageRange, pages: RegionPages) {
+    if uffd.features() & FEATURE_POISON == 0 {
+        fail(format_args!(
+            "the owner of the shared region at {window} has ended with pages of it on its \
+             devices, and this kernel cannot mark them; zeros in their place would be wrong \
+             data, so the process ends now"
+        ));
+    }
+    uffd.wherever_possible(hole, pages.size(), Uffd::poison_protected);
+    uffd.wake(hole);
 }

@@ -3,6 +3,9 @@
 #![allow(dead_code, reason = "each test binary uses some of it")]
 #![allow(unreachable_pub, reason = "one module in many binaries")]
 
+pub mod peer;
+pub mod pool;
+
 use std::io::Read;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc;
