@@ -16,6 +16,7 @@ mod steps;
 mod summary;
 mod tables;
 mod vm_test;
+mod vulkan;
 mod workspace;
 
 use std::process::ExitCode;
@@ -40,9 +41,10 @@ Examples:
   cargo xtask bench -- fault_4k_p50    one row of the benchmark
   cargo xtask kernel-selftests         the kernel's own tests, against hmm run
   cargo xtask vm-test --test dax       tests on other kernels, in virtual machines
+  eval \"$(cargo xtask vulkan)\"        a Vulkan driver for tests run by hand
 
-Tests need no set-up, and no network beyond what cargo fetches and the source
-package of Linux's own tests. They use
+Tests need no set-up, and no network beyond what cargo fetches, the source
+package of Linux's own tests and Mesa's drivers. They use
 cargo-nextest where it is installed, which kills hung tests, and else cargo
 test. Some test more as root: fork events and faults inside of system calls.
 As root, the library's tests also run as an ordinary user.";
@@ -99,6 +101,13 @@ enum Command {
     /// downloaded, not installed. They and the consoles' output stay below
     /// target/vm-test; see docs/virtual-machine.md.
     VmTest(vm_test::Options),
+    /// Gets Mesa's lavapipe and what else the Vulkan device's tests need, and
+    /// prints the environment in which they find it.
+    ///
+    /// The driver is unpacked below target/vulkan, not installed. The loader, the
+    /// validation layer, glslang and SPIR-V's tools are installed where they are
+    /// missing.
+    Vulkan,
 }
 
 fn main() -> ExitCode {
@@ -119,6 +128,7 @@ fn main() -> ExitCode {
         Command::Bench { rest } => bench(&workspace, rest),
         Command::KernelSelftests(options) => kernel_selftests::run(&workspace, &options),
         Command::VmTest(options) => vm_test::run(&workspace, &options),
+        Command::Vulkan => vulkan::run(&workspace),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

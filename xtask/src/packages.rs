@@ -9,6 +9,7 @@ use crate::process::Invocation;
 /// A program, and the Debian package that brings it.
 #[derive(Debug)]
 pub struct Package {
+    /// Its name, or the path of another file of the package.
     pub program: &'static str,
     pub debian: &'static str,
     pub purpose: &'static str,
@@ -49,6 +50,34 @@ pub const QEMU: Package = Package {
     purpose: "to run other kernels in a virtual machine",
 };
 
+/// What the Vulkan device's tests need beside a driver.
+pub const VULKAN: [Package; 4] = [
+    Package {
+        program: if cfg!(target_arch = "aarch64") {
+            "/usr/lib/aarch64-linux-gnu/libvulkan.so.1"
+        } else {
+            "/usr/lib/x86_64-linux-gnu/libvulkan.so.1"
+        },
+        debian: "libvulkan1",
+        purpose: "to find Vulkan's drivers",
+    },
+    Package {
+        program: "/usr/share/vulkan/explicit_layer.d/VkLayer_khronos_validation.json",
+        debian: "vulkan-validationlayers",
+        purpose: "to check calls of Vulkan",
+    },
+    Package {
+        program: "glslangValidator",
+        debian: "glslang-tools",
+        purpose: "to compile the tests' kernels",
+    },
+    Package {
+        program: "spirv-val",
+        debian: "spirv-tools",
+        purpose: "to check the tests' kernels",
+    },
+];
+
 impl Package {
     fn is_there(&self) -> bool {
         env::var_os("PATH").is_some_and(|path| {
@@ -71,12 +100,16 @@ impl Package {
         if !rustix::process::getuid().is_root() {
             bail!("{missing}");
         }
-        let installed = Invocation::new("apt-get")
-            .args(["install", "--yes", "--no-install-recommends", debian])
-            .env("DEBIAN_FRONTEND", "noninteractive")
-            .quiet()
-            .is_some();
-        if !installed || !self.is_there() {
+        let install = || {
+            Invocation::new("apt-get")
+                .args(["install", "--yes", "--no-install-recommends", debian])
+                .env("DEBIAN_FRONTEND", "noninteractive")
+                .quiet()
+        };
+        // A new machine may never have looked at its mirror.
+        let update = || Invocation::new("apt-get").args(["-qq", "update"]).quiet();
+        let installed = install().or_else(|| update().and_then(|_| install()));
+        if installed.is_none() || !self.is_there() {
             bail!("{missing}");
         }
         eprintln!("installed {debian} {purpose}");

@@ -10,6 +10,7 @@ use clap::ValueEnum;
 use crate::counts::{Counts, self_skipped};
 use crate::process::Invocation;
 use crate::summary::{Outcome, Summary};
+use crate::vulkan::Driver;
 use crate::workspace::Workspace;
 use crate::{docs, kernel_selftests, ordinary_user};
 
@@ -36,6 +37,8 @@ pub enum Step {
     Docs,
     /// Licences, banned crates and sources of dependencies.
     Deny,
+    /// A Vulkan driver for the tests that need one.
+    Vulkan,
     /// All tests, each in a process of its own.
     Nextest,
     /// The examples in the documentation.
@@ -52,13 +55,14 @@ pub enum Step {
 
 impl Step {
     /// The whole check. Other steps run when they are asked for.
-    const ALL: [Self; 12] = [
+    const ALL: [Self; 13] = [
         Self::Toolchain,
         Self::Fmt,
         Self::Clippy,
         Self::Doc,
         Self::Docs,
         Self::Deny,
+        Self::Vulkan,
         Self::Nextest,
         Self::Doctest,
         Self::OrdinaryUser,
@@ -159,6 +163,7 @@ fn run(
         ),
         Step::Docs => docs::check(workspace).map(Done::Passed),
         Step::Deny => deny(workspace),
+        Step::Vulkan => Ok(vulkan(workspace)),
         Step::Nextest => nextest(workspace, summary),
         Step::Doctest => counted(workspace.cargo(["test", "--workspace", "--doc"]), summary),
         Step::OrdinaryUser => as_ordinary_user(workspace, summary),
@@ -233,6 +238,22 @@ fn deny(workspace: &Workspace) -> Result<Done> {
     plain(workspace.cargo(["deny", "check", "licenses", "bans", "sources"]))
 }
 
+/// Where there is no driver to be had the tests that need one skip themselves.
+fn vulkan(workspace: &Workspace) -> Done {
+    match Driver::provide(workspace) {
+        Ok(driver) => Done::Passed(format!("lavapipe of Mesa {}", driver.version())),
+        Err(error) => Done::Skipped(format!("{error:#}")),
+    }
+}
+
+/// The command, with the Vulkan driver for tests in its environment if there is one.
+fn with_driver(workspace: &Workspace, command: Invocation) -> Invocation {
+    let driver = Driver::existing(workspace);
+    let variables = driver.map(|driver| driver.environment());
+    let variables = variables.into_iter().flatten();
+    variables.fold(command, |command, (name, value)| command.env(name, value))
+}
+
 fn nextest(workspace: &Workspace, summary: &mut Summary) -> Result<Done> {
     if workspace.cargo(["nextest", "--version"]).quiet().is_none() {
         println!(
@@ -240,7 +261,10 @@ fn nextest(workspace: &Workspace, summary: &mut Summary) -> Result<Done> {
              (`cargo install --locked cargo-nextest`)"
         );
         let done = counted(
-            workspace.cargo(["test", "--workspace", "--all-targets", "--no-fail-fast"]),
+            with_driver(
+                workspace,
+                workspace.cargo(["test", "--workspace", "--all-targets", "--no-fail-fast"]),
+            ),
             summary,
         )?;
         return Ok(match done {
@@ -253,7 +277,10 @@ fn nextest(workspace: &Workspace, summary: &mut Summary) -> Result<Done> {
     let _ = fs::remove_file(&report);
     let before = summary.tests;
     let done = counted(
-        workspace.cargo(["nextest", "run", "--workspace", "--no-tests=pass"]),
+        with_driver(
+            workspace,
+            workspace.cargo(["nextest", "run", "--workspace", "--no-tests=pass"]),
+        ),
         summary,
     );
     let junit = fs::read_to_string(&report).unwrap_or_default();
