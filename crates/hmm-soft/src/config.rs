@@ -1,8 +1,6 @@
-//! How a software device is to be, and who starts its threads.
+//! How a software device is to be.
 
-use std::io;
-
-use hmm_types::{ByteCount, PageRange};
+use hmm_types::ByteCount;
 
 /// Most worker threads of one device.
 pub const MAX_WORKERS: usize = 64;
@@ -43,46 +41,5 @@ impl SoftConfig {
             coherent: false,
             membarrier: true,
         }
-    }
-}
-
-/// What a device needs of whoever embeds it.
-pub trait Embedder {
-    /// Says that this is the device's memory, before anybody can use it. It must
-    /// never be migrated until [`SoftDevice::close`](crate::SoftDevice::close) has
-    /// returned, or the device could not be opened.
-    fn exclude(&self, range: PageRange);
-
-    /// Runs `body` on a thread of this name, whose stack must never be migrated.
-    ///
-    /// # Errors
-    /// When the system has no thread to give.
-    fn spawn(&self, name: String, body: Box<dyn FnOnce() + Send>) -> io::Result<Box<dyn Join>>;
-}
-
-/// A thread that was started.
-pub trait Join: Send {
-    /// Waits for its end.
-    fn join(self: Box<Self>);
-}
-
-/// Plain threads of the standard library, in a process where nothing migrates
-/// that was not asked for by name.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Standalone;
-
-impl Embedder for Standalone {
-    fn exclude(&self, _range: PageRange) {}
-
-    fn spawn(&self, name: String, body: Box<dyn FnOnce() + Send>) -> io::Result<Box<dyn Join>> {
-        let thread = std::thread::Builder::new().name(name).spawn(body)?;
-        Ok(Box::new(thread))
-    }
-}
-
-impl Join for std::thread::JoinHandle<()> {
-    fn join(self: Box<Self>) {
-        // A worker that panicked outside of a kernel has said so on stderr.
-        let _ = std::thread::JoinHandle::join(*self);
     }
 }

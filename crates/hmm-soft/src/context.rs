@@ -6,10 +6,10 @@ use std::mem::MaybeUninit;
 use std::ptr;
 use std::time::{Duration, Instant};
 
+use hmm_device::read_ahead;
 use hmm_hal::{DeviceFaultError, Resolution};
 use hmm_types::{Access, PAGE_SIZE, USER_END, VirtAddr};
 
-use crate::copy::read_ahead;
 use crate::guard::{self, Signalled};
 use crate::page_table::LeafAddress;
 use crate::shootdown::{Shootdown, WorkerSlot};

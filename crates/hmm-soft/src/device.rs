@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{OnceLock, PoisonError};
 use std::time::Instant;
 
+use hmm_device::{AbortOnUnwind, FrameAllocator, block_signals};
 use hmm_hal::{
     Device, DeviceError, DeviceFaultError, DeviceInfo, FaultHandler, Fence, Reach, Resolution,
     Transfer,
@@ -12,9 +13,8 @@ use hmm_hal::{
 use hmm_sync::{Mutex, Rank};
 use hmm_types::{Access, DeviceId, FrameRange, PAGE_SHIFT, PageCount, PageRange, VirtAddr};
 
-use crate::frames::FrameAllocator;
 use crate::guard;
-use crate::launch::{AbortOnUnwind, Board, Job};
+use crate::launch::{Board, Job};
 use crate::memory::DeviceMemory;
 use crate::page_table::PageTable;
 use crate::queue::CopyQueue;
@@ -334,7 +334,7 @@ impl SoftDevice {
 
     /// Body of the thread that helps with large copies.
     fn help_to_copy(&self) {
-        worker::block_signals();
+        block_signals();
         self.queue.help();
     }
 

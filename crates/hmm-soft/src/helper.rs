@@ -5,9 +5,8 @@
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use hmm_device::Copier;
 use hmm_sync::{Condvar, Mutex, Rank};
-
-use crate::copy::Copier;
 
 /// Copies of fewer bytes are not worth a wake-up.
 const WORTH_BYTES: usize = 1 << 20;

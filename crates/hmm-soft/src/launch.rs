@@ -10,6 +10,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use hmm_device::AbortOnUnwind;
 use hmm_hal::DeviceFaultError;
 use hmm_sync::{Condvar, Mutex, MutexGuard, Rank};
 
@@ -293,22 +294,5 @@ impl Board {
 impl fmt::Debug for Board {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Board").finish_non_exhaustive()
-    }
-}
-
-/// Ends the process when it is dropped by a panic.
-pub(crate) struct AbortOnUnwind(pub(crate) &'static str);
-
-impl AbortOnUnwind {
-    /// The danger is over.
-    pub(crate) fn defuse(self) {
-        std::mem::forget(self);
-    }
-}
-
-impl Drop for AbortOnUnwind {
-    fn drop(&mut self) {
-        eprintln!("hmm-soft: panic while {}; the process ends", self.0);
-        std::process::abort();
     }
 }

@@ -59,11 +59,8 @@
 mod atomics;
 mod config;
 mod context;
-mod copy;
 mod device;
 mod error;
-mod faults;
-mod frames;
 mod guard;
 mod helper;
 mod launch;
@@ -78,11 +75,11 @@ mod stats;
 mod tlb;
 mod worker;
 
-pub use config::{Embedder, Join, MAX_WORKERS, SoftConfig, Standalone};
+pub use config::{MAX_WORKERS, SoftConfig};
 pub use context::{Context, RETRY_LIMIT, RETRY_TIME, THRASH_LIMIT};
 pub use device::{POISON, SoftDevice};
 pub use error::{KernelError, LaunchError, SoftError};
-pub use faults::{FailAt, Injector, LossMode};
+pub use hmm_device::{Embedder, FailAt, Injector, Join, LossMode, Standalone};
 pub use launch::LaunchReport;
 pub use memory::MAX_FRAMES;
 pub use plain::{AtomicWord, Plain};

@@ -6,15 +6,9 @@
 //! touched.
 
 use std::fmt;
-use std::ptr;
 
-use hmm_types::{
-    BLOCK_SIZE, ByteCount, FrameRange, PAGE_SHIFT, PAGE_SIZE, PageCount, PageRange, VirtAddr,
-};
-use rustix::io::Errno;
-use rustix::mm::{
-    Advice, MapFlags, MprotectFlags, ProtFlags, madvise, mmap_anonymous, mprotect, munmap,
-};
+use hmm_device::{Reservation, ReservationError};
+use hmm_types::{ByteCount, FrameRange, PAGE_SHIFT, PAGE_SIZE, PageCount, PageRange};
 
 use crate::{Embedder, SoftError};
 
@@ -22,18 +16,12 @@ use crate::{Embedder, SoftError};
 /// frame's number, which is 2 TiB.
 pub const MAX_FRAMES: u64 = 1 << 29;
 
-/// The mapping that holds all frames.
+/// The mapping that holds all frames. What two threads do to one frame at a time
+/// is their caller's contract (see [`DeviceMemory::pointer`]).
 pub(crate) struct DeviceMemory {
-    base: *mut u8,
+    memory: Reservation,
     frames: u32,
 }
-
-// SAFETY: the mapping belongs to no thread; everybody reaches it through raw
-// pointers, and what two threads do to one frame at a time is their caller's
-// contract (see `DeviceMemory::pointer`).
-unsafe impl Send for DeviceMemory {}
-// SAFETY: as for Send; the fields never change.
-unsafe impl Sync for DeviceMemory {}
 
 impl DeviceMemory {
     /// Reserves `size`, rounded down to whole frames. The embedder hears of it while
@@ -51,54 +39,14 @@ impl DeviceMemory {
             return Err(SoftError::MemorySize { asked: size });
         };
         let len_bytes = PageCount::new(count).index() << PAGE_SHIFT;
-        let base = map_aligned(len_bytes).map_err(|errno| SoftError::MemoryRefused {
-            asked: size,
-            errno: errno.raw_os_error(),
+        let memory = Reservation::new(len_bytes, embedder).map_err(|error| match error {
+            ReservationError::Refused { errno } => SoftError::MemoryRefused { asked: size, errno },
+            ReservationError::System { operation, errno } => SoftError::System { operation, errno },
         })?;
-        let memory = Self { base, frames };
-        embedder.exclude(memory.range());
-        let opened = memory.open(len_bytes).map_err(|(operation, errno)| {
-            // SAFETY: the mapping is given up, and nobody has a pointer to it.
-            unsafe { memory.release() };
-            SoftError::System {
-                operation,
-                errno: errno.raw_os_error(),
-            }
-        });
-        opened?;
         if populate {
-            memory.populate(len_bytes);
+            memory.populate();
         }
-        Ok(memory)
-    }
-
-    /// Lets the mapping be used.
-    fn open(&self, len_bytes: usize) -> Result<(), (&'static str, Errno)> {
-        let start = self.base.cast();
-        // SAFETY: the mapping just made, which nobody uses yet.
-        unsafe {
-            // Huge pages are a wish (a kernel without them says EINVAL).
-            let _ = madvise(start, len_bytes, Advice::LinuxHugepage);
-            // Inherited frames would cost a child copy-on-write faults for memory
-            // that it cannot use.
-            madvise(start, len_bytes, Advice::LinuxDontFork)
-                .map_err(|errno| ("madvise(MADV_DONTFORK)", errno))?;
-            let access = MprotectFlags::READ | MprotectFlags::WRITE;
-            mprotect(start, len_bytes, access).map_err(|errno| ("mprotect", errno))
-        }
-    }
-
-    fn populate(&self, len_bytes: usize) {
-        // SAFETY: populating changes no contents.
-        let done = unsafe { madvise(self.base.cast(), len_bytes, Advice::LinuxPopulateWrite) };
-        if done.is_ok() {
-            return;
-        }
-        for offset in (0..len_bytes).step_by(1 << PAGE_SHIFT) {
-            // SAFETY: the offset lies inside the mapping, and nobody else knows
-            // it yet; fresh memory is zero already.
-            unsafe { self.base.add(offset).write_volatile(0) };
-        }
+        Ok(Self { memory, frames })
     }
 
     /// Number of frames.
@@ -113,15 +61,12 @@ impl DeviceMemory {
 
     /// Where the frames lie.
     pub(crate) fn range(&self) -> PageRange {
-        PageRange::from_pages(
-            VirtAddr::of(self.base),
-            PageCount::new(u64::from(self.frames)),
-        )
+        self.memory.range()
     }
 
     /// The first frame's first byte.
     pub(crate) const fn base(&self) -> *mut u8 {
-        self.base
+        self.memory.base()
     }
 
     /// The first byte of a run of frames. Whoever reads or writes there must
@@ -137,7 +82,7 @@ impl DeviceMemory {
             self.frames
         );
         // SAFETY: the line above keeps the offset inside the mapping.
-        unsafe { self.base.add(frames.first().index() << PAGE_SHIFT) }
+        unsafe { self.base().add(frames.first().index() << PAGE_SHIFT) }
     }
 
     /// Gives the mapping back to the kernel.
@@ -145,9 +90,8 @@ impl DeviceMemory {
     /// # Safety
     /// Nobody uses a pointer into it from now on, and nobody calls this again.
     pub(crate) unsafe fn release(&self) {
-        // SAFETY: the range is this value's own mapping, which the caller says
-        // is not used any more.
-        let _ = unsafe { munmap(self.base.cast(), (self.frames as usize) << PAGE_SHIFT) };
+        // SAFETY: the caller's contract.
+        unsafe { self.memory.release() };
     }
 }
 
@@ -155,37 +99,6 @@ impl fmt::Debug for DeviceMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "DeviceMemory({})", self.range())
     }
-}
-
-/// Maps `len_bytes` at a multiple of 2 MiB, of no use yet: maps more, and cuts the
-/// ends off.
-fn map_aligned(len_bytes: usize) -> rustix::io::Result<*mut u8> {
-    let align = PageCount::new(BLOCK_SIZE / PAGE_SIZE).index() << PAGE_SHIFT;
-    let asked = len_bytes + align;
-    // SAFETY: a fresh anonymous mapping at an address of the kernel's choice
-    // touches nothing that exists.
-    let mapped: *mut u8 = unsafe {
-        mmap_anonymous(
-            ptr::null_mut(),
-            asked,
-            ProtFlags::empty(),
-            MapFlags::PRIVATE | MapFlags::NORESERVE,
-        )?
-    }
-    .cast();
-    let head = mapped.align_offset(align);
-    // SAFETY: `head < align`, so head and what follows it lie in the mapping.
-    let base = unsafe { mapped.add(head) };
-    if head > 0 {
-        // SAFETY: the part before the aligned start is not used by anybody.
-        unsafe { munmap(mapped.cast(), head)? };
-    }
-    let tail = asked - head - len_bytes;
-    if tail > 0 {
-        // SAFETY: the part behind the frames is not used by anybody.
-        unsafe { munmap(base.add(len_bytes).cast(), tail)? };
-    }
-    Ok(base)
 }
 
 #[cfg(test)]

@@ -4,43 +4,29 @@
 //! thread would cost more than the copy of a page. With a large copy another one
 //! helps, if there is just that one. So a fence is reached when it is handed out, and
 //! waiting for it only tells how it went.
-//!
-//! A fence speaks for its own submission alone: many threads share the queue,
-//! and one must not learn of (or consume) another's failure.
 
 use std::fmt;
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use hmm_device::{Copier, FailAt, Injector, LateFailures, LossMode};
 use hmm_hal::{DeviceError, Fence, Transfer};
-use hmm_sync::{Mutex, Rank};
 use hmm_types::{FrameRange, PAGE_SHIFT, VirtAddr};
 
-use crate::copy::Copier;
-use crate::faults::{FailAt, Injector, LossMode};
 use crate::guard;
 use crate::helper::Helper;
 use crate::memory::DeviceMemory;
 use crate::stats::Counters;
 
-/// Failures that wait to be asked for. When all places are taken, a failure
-/// shows when the work is submitted.
-const LATE_FAILURES: usize = 64;
 /// What an injected failure leaves in the destination.
 const GARBAGE: u8 = 0xDB;
-
-#[derive(Clone, Copy)]
-struct LateFailure {
-    fence: u64,
-    reported: bool,
-}
 
 /// The queue of one device.
 pub(crate) struct CopyQueue {
     issued: AtomicU64,
     copier: Copier,
     helper: Helper,
-    late: Mutex<[LateFailure; LATE_FAILURES]>,
+    late: LateFailures,
 }
 
 impl CopyQueue {
@@ -50,13 +36,7 @@ impl CopyQueue {
             issued: AtomicU64::new(0),
             copier: Copier::detect(),
             helper: Helper::new(),
-            late: Mutex::new(
-                Rank::Device,
-                [LateFailure {
-                    fence: 0,
-                    reported: true,
-                }; LATE_FAILURES],
-            ),
+            late: LateFailures::new(),
         }
     }
 
@@ -92,7 +72,7 @@ impl CopyQueue {
         }
         let fence = self.issued.fetch_add(1, Ordering::Relaxed) + 1;
         if failed_late {
-            self.record(fence)?;
+            self.late.record(fence, DeviceError::CopyFailed)?;
         } else {
             self.transfer_all(transfers, memory, counters)?;
         }
@@ -172,33 +152,7 @@ impl CopyQueue {
             fence.0 <= self.issued.load(Ordering::Relaxed),
             "{fence:?} was never handed out"
         );
-        let mut late = self.late.lock();
-        match late.iter_mut().find(|failure| failure.fence == fence.0) {
-            Some(failure) if fence.0 != 0 => {
-                failure.reported = true;
-                Err(DeviceError::CopyFailed)
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Keeps a failure until its fence is waited for.
-    fn record(&self, fence: u64) -> Result<(), DeviceError> {
-        let mut late = self.late.lock();
-        match late
-            .iter_mut()
-            .filter(|failure| failure.reported)
-            .min_by_key(|failure| failure.fence)
-        {
-            Some(place) => {
-                *place = LateFailure {
-                    fence,
-                    reported: false,
-                };
-                Ok(())
-            }
-            None => Err(DeviceError::CopyFailed),
-        }
+        self.late.take(fence)
     }
 }
 

@@ -1,6 +1,6 @@
 //! What the device counts.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use hmm_device::Count;
 
 /// A worker's own counters: one writer, many readers.
 #[derive(Debug, Default)]
@@ -10,28 +10,6 @@ pub(crate) struct WorkerCounters {
     pub(crate) retries: Count,
     pub(crate) in_place: Count,
     pub(crate) thrash_in_place: Count,
-}
-
-/// A number that only grows.
-#[derive(Debug, Default)]
-pub(crate) struct Count(AtomicU64);
-
-impl Count {
-    /// Adds `more`; any thread may.
-    pub(crate) fn add(&self, more: u64) {
-        self.0.fetch_add(more, Ordering::Relaxed);
-    }
-
-    /// Adds one, on the only thread that ever does.
-    pub(crate) fn bump(&self) {
-        self.0
-            .store(self.0.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
-    }
-
-    /// The number.
-    pub(crate) fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
 }
 
 /// The device's counters.

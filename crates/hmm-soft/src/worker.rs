@@ -5,6 +5,8 @@ use std::mem::MaybeUninit;
 use std::ptr;
 use std::sync::atomic::Ordering;
 
+use hmm_device::block_signals;
+
 use crate::guard;
 use crate::shootdown::WorkerSlot;
 use crate::{Context, SoftDevice};
@@ -48,29 +50,6 @@ impl WorkerSlot {
     pub(crate) fn stack_range(&self) -> [usize; 2] {
         let end = self.stack[1].load(Ordering::Acquire);
         [self.stack[0].load(Ordering::Relaxed), end]
-    }
-}
-
-/// The program's signal handlers may touch memory that is on a device, which an
-/// access section must not: they run on other threads.
-pub(crate) fn block_signals() {
-    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
-    // SAFETY: `sigfillset` writes the whole set, which the other two then
-    // change and read; the mask is this thread's own.
-    unsafe {
-        libc::sigfillset(set.as_mut_ptr());
-        // A fault of this very thread must be seen.
-        for signal in [
-            libc::SIGSEGV,
-            libc::SIGBUS,
-            libc::SIGILL,
-            libc::SIGFPE,
-            libc::SIGTRAP,
-            libc::SIGABRT,
-        ] {
-            libc::sigdelset(set.as_mut_ptr(), signal);
-        }
-        libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), ptr::null_mut());
     }
 }
 

@@ -291,6 +291,8 @@ fn memory_is_excluded_before_it_can_be_used() {
             self.0.lock().unwrap().push(range);
         }
 
+        fn include(&self, _range: PageRange) {}
+
         fn spawn(&self, name: String, body: Box<dyn FnOnce() + Send>) -> io::Result<Box<dyn Join>> {
             Standalone.spawn(name, body)
         }

@@ -207,6 +207,11 @@ impl Embedder for InEngine {
         threads.run_on_root(move || hmm_os::exclude(range));
     }
 
+    fn include(&self, range: PageRange) {
+        let threads = &self.host.threads;
+        threads.run_on_root(move || hmm_os::include(range));
+    }
+
     fn spawn(&self, name: String, body: Box<dyn FnOnce() + Send>) -> io::Result<Box<dyn Join>> {
         let thread = self.host.threads.spawn(&name, None, body)?;
         Ok(Box::new(Joining(thread)))

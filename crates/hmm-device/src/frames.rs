@@ -26,7 +26,7 @@ const SCAN_CHUNKS: usize = 16;
 
 /// The free frames of one device. 1.03 bits a frame.
 #[derive(Debug)]
-pub(crate) struct FrameAllocator {
+pub struct FrameAllocator {
     bits: Vec<u64>,
     counts: Vec<u16>,
     whole: Vec<u64>,
@@ -41,7 +41,8 @@ pub(crate) struct FrameAllocator {
 
 impl FrameAllocator {
     /// `frames` free frames.
-    pub(crate) fn new(frames: u32) -> Self {
+    #[must_use]
+    pub fn new(frames: u32) -> Self {
         let chunks = frames.div_ceil(CHUNK_FRAMES) as usize;
         let mut this = Self {
             bits: zeroes(chunks * CHUNK_WORDS),
@@ -60,13 +61,15 @@ impl FrameAllocator {
     }
 
     /// Frames that are free.
-    pub(crate) const fn free_frames(&self) -> u32 {
+    #[must_use]
+    pub const fn free_frames(&self) -> u32 {
         self.free
     }
 
     /// Takes a run of at least one and at most `want` frames; `None` when no
     /// frame is free.
-    pub(crate) fn allocate(&mut self, want: u64) -> Option<FrameRange> {
+    #[must_use]
+    pub fn allocate(&mut self, want: u64) -> Option<FrameRange> {
         let want = u32::try_from(want).unwrap_or(u32::MAX).min(self.free);
         if want == 0 {
             return None;
@@ -84,7 +87,7 @@ impl FrameAllocator {
     ///
     /// # Panics
     /// When one of them is free already, or does not exist.
-    pub(crate) fn free(&mut self, frames: FrameRange) {
+    pub fn free(&mut self, frames: FrameRange) {
         assert!(
             frames.first().get() + frames.count() <= self.frames,
             "{frames:?} do not exist"

@@ -28,16 +28,11 @@ const LOST: u8 = 2;
 /// by any thread.
 ///
 /// ```
-/// use hmm_hal::{Device, DeviceError};
-/// use hmm_soft::{SoftConfig, SoftDevice};
-/// use hmm_types::{ByteCount, PageCount};
-///
-/// let device = SoftDevice::open(SoftConfig::new(ByteCount::mib(2)))?;
-/// device.injector().fail_allocations(1);
-/// assert_eq!(device.allocate(PageCount::ONE), Err(DeviceError::OutOfMemory));
-/// assert!(device.allocate(PageCount::ONE).is_ok());
-/// device.close();
-/// # Ok::<(), hmm_soft::SoftError>(())
+/// // Of a device, which asks before it allocates.
+/// let injector = hmm_device::Injector::default();
+/// injector.fail_allocations(1);
+/// assert!(injector.allocation_fails());
+/// assert!(!injector.allocation_fails());
 /// ```
 #[derive(Debug, Default)]
 pub struct Injector {
@@ -89,21 +84,27 @@ impl Injector {
         }
     }
 
-    pub(crate) fn allocation_fails(&self) -> bool {
+    /// Decides the fate of the next allocation.
+    #[must_use]
+    pub fn allocation_fails(&self) -> bool {
         take_one(&self.allocations)
     }
 
-    pub(crate) fn map_fails(&self) -> bool {
+    /// Decides the fate of the next mapping.
+    #[must_use]
+    pub fn map_fails(&self) -> bool {
         take_one(&self.maps)
     }
 
     /// Whether a transfer can fail, now or after others.
-    pub(crate) fn may_fail_copies(&self) -> bool {
+    #[must_use]
+    pub fn may_fail_copies(&self) -> bool {
         self.copies.load(Ordering::Relaxed) > 0 || self.loss().is_some()
     }
 
     /// Decides the fate of the next transfer.
-    pub(crate) fn copy_fails(&self) -> Option<FailAt> {
+    #[must_use]
+    pub fn copy_fails(&self) -> Option<FailAt> {
         if self.copies.load(Ordering::Relaxed) == 0
             || take_one(&self.copies_before)
             || !take_one(&self.copies)

@@ -8,17 +8,18 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Submissions of this many bytes or more are written around the caches.
-pub(crate) const STREAM_BYTES: usize = 256 << 10;
+const STREAM_BYTES: usize = 256 << 10;
 
 /// How large copies are done on this machine.
 #[derive(Debug)]
-pub(crate) struct Copier {
+pub struct Copier {
     stream: AtomicBool,
 }
 
 impl Copier {
     /// The fastest way of this machine.
-    pub(crate) fn detect() -> Self {
+    #[must_use]
+    pub fn detect() -> Self {
         #[cfg(target_arch = "x86_64")]
         let stream = std::arch::is_x86_feature_detected!("avx");
         #[cfg(not(target_arch = "x86_64"))]
@@ -30,7 +31,8 @@ impl Copier {
 
     /// Whether parts of a submission of `total_bytes` are written around the
     /// caches. Then [`Copier::fence`] must follow.
-    pub(crate) fn streams(&self, total_bytes: usize) -> bool {
+    #[must_use]
+    pub fn streams(&self, total_bytes: usize) -> bool {
         total_bytes >= STREAM_BYTES && self.stream.load(Ordering::Relaxed)
     }
 
@@ -39,7 +41,7 @@ impl Copier {
     /// # Safety
     /// Both ranges are mapped, page-aligned, whole pages, and apart; nobody
     /// writes to either or reads the destination meanwhile.
-    pub(crate) unsafe fn copy(&self, from: *const u8, to: *mut u8, len_bytes: usize, stream: bool) {
+    pub unsafe fn copy(&self, from: *const u8, to: *mut u8, len_bytes: usize, stream: bool) {
         #[cfg(target_arch = "x86_64")]
         if stream {
             // SAFETY: the caller's contract; `streams` has found AVX.
@@ -52,7 +54,7 @@ impl Copier {
     }
 
     /// Makes streamed data visible before everything that follows.
-    pub(crate) fn fence(&self) {
+    pub fn fence(&self) {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: SSE is part of every x86-64 processor.
         unsafe {
@@ -114,7 +116,7 @@ unsafe fn stream_avx(from: *const u8, to: *mut u8, len_bytes: usize) {
 ///
 /// # Safety
 /// Both are mapped for `len_bytes`, and apart.
-pub(crate) unsafe fn read_ahead(from: *const u8, to: *mut u8, len_bytes: usize) {
+pub unsafe fn read_ahead(from: *const u8, to: *mut u8, len_bytes: usize) {
     #[cfg(target_arch = "x86_64")]
     if len_bytes == 4096 {
         // SAFETY: the caller's contract.
