@@ -83,7 +83,7 @@ impl Engine<'_> {
         } else {
             range.pages().get().min(BOUNCE_PAGES)
         };
-        let frames = match slot.device.allocate(PageCount::new(want)) {
+        let frames = match slot.device.allocate_for(range.slice(0, want)) {
             Ok(frames) if whole && u64::from(frames.count()) < want => {
                 slot.device.free(frames);
                 return Passed::new(1, Fate::Stayed(StayReason::NoDeviceMemory));

@@ -4,7 +4,7 @@
 use std::sync::atomic::Ordering::Relaxed;
 
 use hmm_hal::{DeviceError, Transfer};
-use hmm_types::{DeviceId, FrameId, FrameRange, PageCount, PageRange, StayReason};
+use hmm_types::{DeviceId, FrameId, FrameRange, PageRange, StayReason};
 
 use crate::engine::Engine;
 use crate::executor::{BOUNCE_LEN, BOUNCE_PAGES, Executor};
@@ -24,7 +24,7 @@ impl Engine<'_> {
     ) -> Passed {
         let slot = self.devices.slot(target.device);
         let want = range.pages().get().min(BOUNCE_PAGES);
-        let frames = match slot.device.allocate(PageCount::new(want)) {
+        let frames = match slot.device.allocate_for(range.slice(0, want)) {
             Ok(frames) => frames,
             Err(DeviceError::OutOfMemory) => {
                 return Passed::new(1, Fate::Stayed(StayReason::NoDeviceMemory));

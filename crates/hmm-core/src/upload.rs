@@ -131,7 +131,7 @@ impl Engine<'_> {
             return passed;
         }
         let slot = self.devices.slot(target.device);
-        let frames = match slot.device.allocate(range.pages()) {
+        let frames = match slot.device.allocate_for(range) {
             Ok(frames) => frames,
             Err(DeviceError::OutOfMemory) => {
                 return Passed::new(1, Fate::Stayed(StayReason::NoDeviceMemory));

@@ -83,6 +83,18 @@ impl FrameAllocator {
         Some(run)
     }
 
+    /// Takes these frames; false, and nothing was taken, when one of them is not free
+    /// or does not exist.
+    #[must_use]
+    pub fn allocate_at(&mut self, run: FrameRange) -> bool {
+        let free = run.first().get() + run.count() <= self.frames
+            && words(run).all(|(word, mask)| self.bits[word] & mask == mask);
+        if free {
+            self.take(run);
+        }
+        free
+    }
+
     /// Gives frames back.
     ///
     /// # Panics
@@ -320,6 +332,26 @@ mod tests {
             assert!(frames.allocate(1).unwrap().first().get() < 512);
         }
         assert_eq!(frames.allocate(16).unwrap().first().get(), 512);
+    }
+
+    #[test]
+    fn frames_can_be_had_where_they_are_wanted() {
+        let mut frames = FrameAllocator::new(1000);
+        let run = |first, count| FrameRange::new(FrameId::new(first), count);
+        assert!(frames.allocate_at(run(100, 300)));
+        for taken in [
+            run(100, 1),
+            run(399, 1),
+            run(60, 50),
+            run(990, 11),
+            run(2000, 1),
+        ] {
+            assert!(!frames.allocate_at(taken), "{taken:?}");
+        }
+        assert!(frames.allocate_at(run(400, 600)));
+        assert_eq!(frames.free_frames(), 100);
+        frames.free(run(300, 300));
+        assert!(frames.allocate_at(run(320, 64)));
     }
 
     #[test]

@@ -92,6 +92,15 @@ pub trait Device: Sync {
     /// [`DeviceError::OutOfMemory`], [`DeviceError::Lost`].
     fn allocate(&self, pages: PageCount) -> Result<FrameRange, DeviceError>;
 
+    /// The same for these pages: a device whose kernels find memory faster where pages
+    /// that lie together have frames that do, at the same distance, may choose them so.
+    ///
+    /// # Errors
+    /// As [`Device::allocate`].
+    fn allocate_for(&self, pages: PageRange) -> Result<FrameRange, DeviceError> {
+        self.allocate(pages.pages())
+    }
+
     /// Gives frames back. They need not be one run that was allocated.
     fn free(&self, frames: FrameRange);
 
