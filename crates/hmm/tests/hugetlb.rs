@@ -154,6 +154,7 @@ fn pages_are_unmapped_and_remapped_while_away() {
 /// Threads count in pages that go back and forth: no write is lost.
 #[test]
 fn writers_race_with_migrations() {
+    const TIME: Duration = Duration::from_secs(1);
     let _pool = pool!(4);
     let _dog = watchdog("writers_race_with_migrations", 120);
     let (hmm, device) = engine(16);
@@ -184,13 +185,17 @@ fn writers_race_with_migrations() {
                 index += 311;
             }
         });
-        for round in 0..150 {
+        let start = Instant::now();
+        let mut round = 0;
+        while start.elapsed() < TIME || round < 3 {
             let report = hmm.migrate(map.range(), device.id()).unwrap();
             adds_up(&report, map.range());
             if round % 3 == 0 {
                 fetch(&hmm, map.part((round % 4) * HUGE, HUGE));
             }
+            round += 1;
         }
+        println!("{round} rounds");
         stop.store(true, Ordering::Relaxed);
     });
     let sum = |word: usize| {
