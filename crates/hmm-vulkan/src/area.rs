@@ -1,0 +1,119 @@
+//! Memory that the host and kernels share: control block, page table, log, done bits.
+//!
+//! ```text
+//! control | root of the table | log | done bits | leaves of the table
+//! ```
+
+use std::ptr;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use crate::VulkanError;
+use crate::buffer::{Buffer, Use};
+use crate::config::{DISPATCH_INVOCATIONS, LOG_ENTRIES};
+use crate::control::Control;
+use crate::gpu::Gpu;
+use crate::table::{LEAF_BYTES, Place, ROOT_BYTES};
+
+const PAGE: usize = 4096;
+const ROOT: usize = PAGE;
+const LOG: usize = (ROOT + ROOT_BYTES).next_multiple_of(PAGE);
+const LOG_BYTES: usize = LOG_ENTRIES as usize * 8;
+const DONE: usize = (LOG + LOG_BYTES).next_multiple_of(PAGE);
+#[allow(clippy::cast_possible_truncation, reason = "2^20")]
+const DONE_WORDS: usize = DISPATCH_INVOCATIONS as usize / 32;
+/// Aligned like a leaf's entries are used: 64 KiB.
+const LEAVES: usize = (DONE + DONE_WORDS * 4).next_multiple_of(64 << 10);
+
+/// The shared memory of one device.
+#[derive(Debug)]
+pub(crate) struct Area {
+    pub(crate) buffer: Buffer,
+}
+
+impl Area {
+    /// Bytes with so many leaves.
+    pub(crate) const fn bytes(leaves: u32) -> usize {
+        LEAVES + leaves as usize * LEAF_BYTES
+    }
+
+    /// In memory of the driver's, which is cleared.
+    pub(crate) fn new(gpu: &Gpu, leaves: u32) -> Result<Self, VulkanError> {
+        let bytes = Self::bytes(leaves);
+        let buffer = Buffer::new(gpu, bytes as u64, Use::Shared)?;
+        // SAFETY: the buffer is mapped for that many bytes, and nobody else's yet.
+        unsafe { ptr::write_bytes(buffer.host, 0, bytes) };
+        Ok(Self::begin(buffer))
+    }
+
+    /// In memory of this process.
+    ///
+    /// # Safety
+    /// There are that many bytes, which are zero and stay until the area is destroyed.
+    pub(crate) unsafe fn import(
+        gpu: &Gpu,
+        host: *mut u8,
+        leaves: u32,
+    ) -> Result<Self, VulkanError> {
+        let bytes = Self::bytes(leaves).next_multiple_of(PAGE);
+        // SAFETY: the caller's contract.
+        let buffer = unsafe { Buffer::import(gpu, host, bytes as u64, Use::Shared) }?;
+        Ok(Self::begin(buffer))
+    }
+
+    fn begin(buffer: Buffer) -> Self {
+        let area = Self { buffer };
+        let control = area.control();
+        control.log_capacity.store(LOG_ENTRIES, Ordering::Relaxed);
+        control.log.store(area.place(LOG).device, Ordering::Relaxed);
+        control
+            .done
+            .store(area.place(DONE).device, Ordering::Relaxed);
+        let root = area.root().device;
+        control.table.store(root, Ordering::Relaxed);
+        area
+    }
+
+    const fn place(&self, offset: usize) -> Place {
+        Place {
+            host: self.buffer.host.wrapping_add(offset),
+            device: self.buffer.device + offset as u64,
+        }
+    }
+
+    pub(crate) const fn root(&self) -> Place {
+        self.place(ROOT)
+    }
+
+    pub(crate) const fn leaves(&self) -> Place {
+        self.place(LEAVES)
+    }
+
+    pub(crate) fn control(&self) -> &Control {
+        // SAFETY: the area begins with one, zero or filled in, aligned to a page; it is
+        // atomics only, and stays as long as the area.
+        unsafe { &*self.buffer.host.cast::<Control>() }
+    }
+
+    /// Device address of the control block.
+    pub(crate) const fn control_address(&self) -> u64 {
+        self.buffer.device
+    }
+
+    /// An entry of the log.
+    pub(crate) fn log(&self, index: u32) -> &AtomicU64 {
+        assert!(index < LOG_ENTRIES, "the log has no entry {index}");
+        // SAFETY: the log has that entry, which host and device use as one word.
+        unsafe { &*self.place(LOG).host.cast::<AtomicU64>().add(index as usize) }
+    }
+
+    /// No invocation of the first so many is done.
+    pub(crate) fn clear_done(&self, invocations: u64) {
+        let words = invocations.div_ceil(32).min(DONE_WORDS as u64);
+        #[allow(clippy::cast_possible_truncation, reason = "2^15 at most")]
+        for word in 0..words as usize {
+            // SAFETY: there are that many words, used as atomics by both sides.
+            let word = unsafe { &*self.place(DONE).host.cast::<AtomicU32>().add(word) };
+            word.store(0, Ordering::Relaxed);
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! What a driver takes of the process, so that it never migrates.
+//!
+//! A driver's threads (their stacks, their heaps) and its tables must stay where they
+//! are: unmapping waits for a kernel, with a lock held that a fault's answer needs, so
+//! the kernel's end must not depend on such an answer. Nobody tells what a driver has
+//! mapped, so the process's mappings are compared before and after the calls in which it
+//! does so: when it is opened, and when a kernel is compiled (with llvmpipe, at its first
+//! dispatch).
+//!
+//! What other threads of the program map in that very moment is taken along, and then
+//! does not migrate either. So open devices early. Heaps (glibc's arenas) are excluded as
+//! a whole, 64 MiB each. If a driver's thread shares the main heap with the program,
+//! which glibc does only when it has run out of arenas, that heap cannot be excluded:
+//! [`Taken::shares_heap`] says so.
+
+use std::fs;
+
+use hmm_types::PageRange;
+
+/// Size and alignment of one of glibc's heaps outside of the main one.
+const HEAP: u64 = 64 << 20;
+/// Larger mappings that appear while a kernel runs are more likely the program's.
+const LATE_MAX: u64 = 16 << 20;
+
+/// Writable memory, and address space that is held for it, as of some moment.
+#[derive(Debug)]
+pub(crate) struct Footprint {
+    writable: Vec<[u64; 2]>,
+}
+
+/// What has appeared since then.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Taken {
+    pub(crate) ranges: Vec<PageRange>,
+    /// The calling thread allocates from the program's main heap.
+    pub(crate) shares_heap: bool,
+}
+
+impl Footprint {
+    /// The process's mappings now; none where there is no /proc.
+    pub(crate) fn now() -> Self {
+        let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
+        Self {
+            writable: writable(&maps),
+        }
+    }
+
+    /// What was mapped since `self`. With `late`, small pieces and heaps only.
+    pub(crate) fn taken(&self, late: bool) -> Taken {
+        let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
+        let probe = Box::new(0u64);
+        let here = (&raw const *probe).addr() as u64;
+        self.compare(&maps, here, late)
+    }
+
+    fn compare(&self, maps: &str, heap_of_thread: u64, late: bool) -> Taken {
+        let after = writable(maps);
+        let mut found: Vec<[u64; 2]> = Vec::new();
+        let mut shares_heap = true;
+        for &[start, end] in &after {
+            // A heap of its own begins at a multiple of its size.
+            let heap = start.is_multiple_of(HEAP);
+            if (start..end).contains(&heap_of_thread) {
+                shares_heap = !heap;
+                if heap {
+                    found.push([start, start + HEAP]);
+                    continue;
+                }
+            }
+            for new in minus([start, end], &self.writable) {
+                if heap && end - start <= HEAP {
+                    // Of one that was there before only the program knows the rest.
+                    if new[0] == start {
+                        found.push([start, start + HEAP]);
+                    }
+                } else if !late || new[1] - new[0] <= LATE_MAX {
+                    found.push(new);
+                }
+            }
+        }
+        found.sort_unstable();
+        let mut ranges: Vec<PageRange> = Vec::new();
+        let mut merged: Vec<[u64; 2]> = Vec::new();
+        for [start, end] in found {
+            match merged.last_mut() {
+                Some(last) if last[1] >= start => last[1] = last[1].max(end),
+                _ => merged.push([start, end]),
+            }
+        }
+        for [start, end] in merged {
+            let start = hmm_types::VirtAddr::new(start);
+            ranges.extend(PageRange::new(start, end - start.get()).ok());
+        }
+        Taken {
+            ranges,
+            shares_heap,
+        }
+    }
+}
+
+/// The writable private mappings in the text of /proc/PID/maps: others never migrate.
+fn writable(maps: &str) -> Vec<[u64; 2]> {
+    let parse = |line: &str| {
+        let mut words = line.split_ascii_whitespace();
+        let (start, end) = words.next()?.split_once('-')?;
+        let access = words.next()?;
+        let address = |hex| u64::from_str_radix(hex, 16).ok();
+        (access.as_bytes().get(1) == Some(&b'w')).then_some([address(start)?, address(end)?])
+    };
+    maps.lines().filter_map(parse).collect()
+}
+
+/// The parts of a range that lie in none of `others`, which are in order.
+fn minus(range: [u64; 2], others: &[[u64; 2]]) -> Vec<[u64; 2]> {
+    let mut parts = Vec::new();
+    let [mut start, end] = range;
+    for &[from, to] in others {
+        if to <= start || from >= end {
+            continue;
+        }
+        if from > start {
+            parts.push([start, from]);
+        }
+        start = start.max(to);
+    }
+    if start < end {
+        parts.push([start, end]);
+    }
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hmm_types::VirtAddr;
+
+    fn range(start: u64, end: u64) -> PageRange {
+        PageRange::new(VirtAddr::new(start), end - start).unwrap()
+    }
+
+    #[test]
+    fn what_is_new_is_found() {
+        let before = "1000-3000 r-xp 0 0:0 0 /lib/x\n5000-8000 rw-p 0 0:0 0\n";
+        let after = "1000-3000 r-xp 0 0:0 0 /lib/x\n4000-9000 rw-p 0 0:0 0\n\
+                     a000-b000 r--p 0 0:0 0\nc000-d000 rw-p 0 0:0 0 [stack]\n\
+                     40000000-42000000 rw-p 0 0:0 0\n";
+        let footprint = Footprint {
+            writable: writable(before),
+        };
+        let taken = footprint.compare(after, 0x5100, false);
+        assert!(taken.shares_heap);
+        let small = [
+            range(0x4000, 0x5000),
+            range(0x8000, 0x9000),
+            range(0xc000, 0xd000),
+        ];
+        assert_eq!(taken.ranges[..3], small);
+        // A heap counts as a whole, what of it is not yet in use too.
+        assert_eq!(taken.ranges[3..], [range(0x4000_0000, 0x4400_0000)]);
+    }
+
+    #[test]
+    fn the_threads_own_heap_is_taken_even_if_it_is_old() {
+        let maps = "80000000-80021000 rw-p 0 0:0 0\n80021000-84000000 ---p 0 0:0 0\n";
+        let footprint = Footprint {
+            writable: writable(maps),
+        };
+        let taken = footprint.compare(maps, 0x8000_0010, true);
+        let whole = vec![range(0x8000_0000, 0x8400_0000)];
+        assert_eq!(
+            taken,
+            Taken {
+                ranges: whole,
+                shares_heap: false
+            }
+        );
+        // Large pieces are not a compiler's.
+        let more = "40001000-48000000 rw-p 0 0:0 0\n80000000-80021000 rw-p 0 0:0 0\n";
+        assert_eq!(footprint.compare(more, 0x8000_0010, true).ranges.len(), 1);
+        assert_eq!(footprint.compare(more, 0x8000_0010, false).ranges.len(), 2);
+    }
+
+    #[test]
+    fn a_new_mapping_of_this_process_is_found() {
+        let before = Footprint::now();
+        let memory = vec![1u8; 8 << 20];
+        let taken = before.taken(false);
+        let middle = VirtAddr::new(memory.as_ptr().addr() as u64 + (4 << 20));
+        assert!(taken.ranges.iter().any(|range| range.contains(middle)));
+    }
+}

@@ -1,0 +1,252 @@
+//! How unmapping waits for a kernel that runs.
+//!
+//! ```text
+//! launching thread                        whoever unmaps (a block is locked)
+//!   begin: begun += 1                       entries = 0
+//!   submit; wait for the end                n = begun; return if ended == n
+//!   end: ended += 1; wake                   wait until ended >= n, or (stall)
+//!                                             until every subgroup is parked
+//! ```
+//!
+//! A dispatch that begins behind the clear finds the entries cleared, so only the one
+//! that runs now is waited for.
+//!
+//! # Why that ends
+//! Whoever waits here holds a block's lock, so nothing that the wait depends on may
+//! need the engine:
+//! - *The dispatch ends by itself.* A checked kernel returns at its first miss; nobody
+//!   waits for a page in it. Its dispatches are cut so that they are short. What the
+//!   driver's threads need (stacks, heap, code) is excluded from migration.
+//! - *The launching thread notices.* Between `begin` and `end` of a checked or unchecked
+//!   dispatch it calls the driver's wait and nothing else: faults are served between
+//!   dispatches. A thread that serves faults is never waited for.
+//! - *A stalled kernel* is served while it runs, by a thread that may need the very
+//!   block that is locked here. So that thread's notice is not waited for: whoever unmaps
+//!   looks at the control block itself. A subgroup that has missed parks and stays
+//!   parked while `yielding` is set; one that has not ends or misses. When all that are
+//!   active are parked, none is between a look at the table and its access, and each
+//!   looks again before the next. When the dispatch has ended, none is active.
+//!
+//! The driver may hang, and a kernel may run for ever. Both end the process with a
+//! message after [`PATIENCE`]: going on would let the device write to memory that is
+//! somebody else's by then.
+
+use std::sync::atomic::{Ordering, fence};
+use std::time::{Duration, Instant};
+
+use hmm_sync::{Condvar, Mutex, MutexGuard, Rank};
+
+use crate::control::Control;
+use crate::fatal;
+use crate::pool::Pool;
+
+/// How long an unmapping waits before the process ends.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+/// How long to sleep at a time before looking again; nobody relies on it.
+const NAP: Duration = Duration::from_millis(200);
+/// Looks at the control block before the processor is yielded.
+const SPINS: u32 = 2000;
+/// Yields before the thread sleeps.
+const YIELDS: u32 = 2000;
+
+#[derive(Debug)]
+pub(crate) struct State {
+    begun: u64,
+    ended: u64,
+    /// What runs parks subgroups that miss.
+    stall: bool,
+    /// Unmappings that wait for a stalled kernel.
+    yields: u32,
+    /// Leaves of the page table that are free.
+    pub(crate) pool: Pool,
+}
+
+/// Between launches and unmappings of one device.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Gate {
+    pub(crate) const fn new(pool: Pool) -> Self {
+        Self {
+            state: Mutex::new(
+                Rank::Device,
+                State {
+                    begun: 0,
+                    ended: 0,
+                    stall: false,
+                    yields: 0,
+                    pool,
+                },
+            ),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// A dispatch begins that uses the page table, if `check` says so: no mapping that
+    /// it has seen goes before the dispatch has ended.
+    pub(crate) fn begin(&self, stall: bool, check: impl FnOnce() -> bool) -> bool {
+        let mut state = self.state.lock();
+        assert!(state.begun == state.ended, "two dispatches at a time");
+        if !check() {
+            return false;
+        }
+        state.begun += 1;
+        state.stall = stall;
+        true
+    }
+
+    /// It has ended.
+    pub(crate) fn end(&self) {
+        self.state.lock().ended += 1;
+        self.changed.notify_all();
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock()
+    }
+
+    /// Waits until no access is under way that looked at the table before the call.
+    /// False when nothing ran.
+    pub(crate) fn quiesce(&self, control: &Control) -> bool {
+        let mut state = self.state.lock();
+        if state.begun == state.ended {
+            return false;
+        }
+        let number = state.begun;
+        if !state.stall {
+            drop(self.wait_for_end(state, number));
+            return true;
+        }
+        // The counter is kept here: a store is all that every bus can do.
+        state.yields += 1;
+        control.yielding.store(state.yields, Ordering::SeqCst);
+        drop(state);
+        self.wait_until_parked(number, control);
+        let mut state = self.state.lock();
+        state.yields -= 1;
+        control.yielding.store(state.yields, Ordering::SeqCst);
+        true
+    }
+
+    /// Runs `call` when no dispatch runs, and none begins before it returns. `None`
+    /// when one runs that its end may depend on the caller.
+    pub(crate) fn when_idle<R>(&self, call: impl FnOnce(&mut Pool) -> R) -> Option<R> {
+        let mut state = self.state.lock();
+        if state.begun != state.ended {
+            if state.stall {
+                return None;
+            }
+            let number = state.begun;
+            state = self.wait_for_end(state, number);
+            if state.begun != state.ended {
+                return None;
+            }
+        }
+        Some(call(&mut state.pool))
+    }
+
+    fn wait_for_end<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        number: u64,
+    ) -> MutexGuard<'a, State> {
+        let since = Instant::now();
+        while state.ended < number {
+            state = self.changed.wait_timeout(state, NAP);
+            if since.elapsed() > PATIENCE && state.ended < number {
+                fatal::die(STUCK);
+            }
+        }
+        state
+    }
+
+    fn wait_until_parked(&self, number: u64, control: &Control) {
+        fence(Ordering::SeqCst);
+        let since = Instant::now();
+        let mut rounds = 0;
+        while !control.all_parked() {
+            rounds += 1;
+            if rounds < SPINS {
+                std::hint::spin_loop();
+            } else if rounds < SPINS + YIELDS {
+                std::thread::yield_now();
+            } else {
+                std::thread::sleep(Duration::from_micros(50));
+                if self.state.lock().ended >= number {
+                    return;
+                }
+                if since.elapsed() > PATIENCE {
+                    fatal::die(STUCK);
+                }
+            }
+        }
+    }
+}
+
+const STUCK: &str = "hmm-vulkan: a kernel did not let go of a page within a minute; its memory \
+                     cannot be used safely, so the process ends\n";
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+
+    use super::*;
+
+    fn gate() -> Gate {
+        Gate::new(Pool::new(4))
+    }
+
+    #[test]
+    fn nothing_is_waited_for_when_nothing_runs() {
+        let (gate, control) = (gate(), Control::default());
+        assert!(!gate.quiesce(&control));
+        assert!(gate.begin(false, || true));
+        gate.end();
+        assert!(!gate.quiesce(&control));
+        assert!(!gate.begin(false, || false));
+        assert!(!gate.quiesce(&control));
+    }
+
+    #[test]
+    fn the_dispatch_that_runs_is_waited_for() {
+        let (gate, control) = (gate(), Control::default());
+        let ended = AtomicBool::new(false);
+        gate.begin(false, || true);
+        std::thread::scope(|scope| {
+            let unmap = scope.spawn(|| {
+                assert!(gate.quiesce(&control));
+                assert!(ended.load(Ordering::SeqCst), "unmapping did not wait");
+            });
+            std::thread::sleep(Duration::from_millis(50));
+            ended.store(true, Ordering::SeqCst);
+            gate.end();
+            unmap.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn a_parked_kernel_is_not_waited_for_and_stays_parked() {
+        let (gate, control) = (gate(), Control::default());
+        control.subgroups.store(2 | 1 << 32, Ordering::SeqCst);
+        gate.begin(true, || true);
+        let parked = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let unmap = scope.spawn(|| {
+                assert!(gate.quiesce(&control));
+                assert!(parked.load(Ordering::SeqCst), "unmapping did not wait");
+            });
+            std::thread::sleep(Duration::from_millis(50));
+            assert_eq!(control.yielding.load(Ordering::SeqCst), 1);
+            parked.store(true, Ordering::SeqCst);
+            control.subgroups.store(2 | 2 << 32, Ordering::SeqCst);
+            unmap.join().unwrap();
+        });
+        assert_eq!(control.yielding.load(Ordering::SeqCst), 0);
+        assert!(gate.when_idle(|_| ()).is_none());
+        gate.end();
+        assert!(gate.when_idle(|_| ()).is_some());
+    }
+}

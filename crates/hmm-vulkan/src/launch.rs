@@ -1,0 +1,257 @@
+//! Launches.
+//!
+//! One at a time on a device, in the order in which they came, on the driver's thread.
+//! What a variant does about pages that are missing is in `rounds.rs` (checked),
+//! `stall.rs`, and here for kernels without checks.
+
+use std::time::{Duration, Instant};
+
+use hmm_hal::{FaultHandler, Resolution};
+use hmm_types::{Access, DeviceId, PageRange, VirtAddr};
+
+use crate::chunks::{Chunk, product};
+use crate::device::VulkanDevice;
+use crate::footprint::Footprint;
+use crate::kernel::{Kernel, Loaded, Variant};
+use crate::stats::LaunchReport;
+use crate::{KernelError, LaunchError};
+
+/// For how long the engine may say "wait" for one access.
+pub const RETRY_TIME: Duration = Duration::from_secs(10);
+/// How often pages of a kernel without checks are asked for before it is given up.
+const ROUNDS: u64 = 64;
+
+/// A launch that has its turn.
+pub(crate) struct Launch<'a> {
+    pub(crate) device: &'static VulkanDevice,
+    pub(crate) kernel: Loaded,
+    pub(crate) groups: [u32; 3],
+    pub(crate) push: &'a [u8],
+    pub(crate) engine: (DeviceId, &'static dyn FaultHandler),
+    pub(crate) report: LaunchReport,
+}
+
+impl VulkanDevice {
+    /// Runs a kernel over a grid of `groups` workgroups, and waits until that is done.
+    ///
+    /// `uses` names what a kernel of [`Variant::Table`] may touch: it is brought to the
+    /// device first, and stays there until the kernel has ended. Kernels that check need
+    /// none.
+    ///
+    /// # Errors
+    /// [`LaunchError`]: the first failure ends the launch. Workgroups may have run, wholly
+    /// or up to an access that did not happen.
+    pub fn launch(
+        &'static self,
+        kernel: &Kernel,
+        groups: [u32; 3],
+        push_constants: &[u8],
+        uses: &[(PageRange, Access)],
+    ) -> Result<LaunchReport, LaunchError> {
+        assert!(
+            std::ptr::eq(kernel.device, self),
+            "the kernel was loaded on another device"
+        );
+        self.check_launch(&kernel.loaded, groups, push_constants, uses)?;
+        let &engine = self.engine().ok_or(LaunchError::NotAttached)?;
+        // While the kernel runs, the driver's thread reads engine memory only.
+        let mut push = hmm_mem::vec_with_capacity(push_constants.len());
+        push.extend_from_slice(push_constants);
+        let mut ranges = hmm_mem::vec_with_capacity(uses.len());
+        ranges.extend_from_slice(uses);
+        let kernel = kernel.loaded;
+        let done = self.driver().run(move || {
+            let mut launch = Launch {
+                device: self,
+                kernel,
+                groups,
+                push: &push,
+                engine,
+                report: LaunchReport::default(),
+            };
+            launch.run(&ranges)
+        });
+        done.unwrap_or(Err(LaunchError::Closed))
+    }
+
+    fn check_launch(
+        &self,
+        kernel: &Loaded,
+        groups: [u32; 3],
+        push: &[u8],
+        uses: &[(PageRange, Access)],
+    ) -> Result<(), LaunchError> {
+        let limit = |what, asked: u64, limit: u64| {
+            let fits = asked <= limit;
+            let error = LaunchError::Limit { what, asked, limit };
+            if fits { Ok(()) } else { Err(error) }
+        };
+        let limits = &self.gpu().physical.limits;
+        for (axis, &groups) in groups.iter().enumerate() {
+            let most = limits.max_compute_work_group_count[axis];
+            limit("a grid with a side", u64::from(groups), u64::from(most))?;
+        }
+        let bytes = u64::from(kernel.push_constant_bytes);
+        if push.len() as u64 != bytes {
+            return Err(LaunchError::Limit {
+                what: "a number of bytes of push constants",
+                asked: push.len() as u64,
+                limit: bytes,
+            });
+        }
+        if kernel.variant == Variant::Table && uses.is_empty() && product(groups) > 0 {
+            return Err(LaunchError::NoRanges);
+        }
+        if self.driver().is_closing() {
+            return Err(LaunchError::Closed);
+        }
+        Ok(())
+    }
+}
+
+impl Launch<'_> {
+    fn run(&mut self, uses: &[(PageRange, Access)]) -> Result<LaunchReport, LaunchError> {
+        let device = self.device;
+        self.go_on()?;
+        if product(self.groups) == 0 {
+            return Ok(self.report);
+        }
+        let start = Instant::now();
+        self.engine.1.command_begins(self.engine.0);
+        device.set_translation(self.kernel.variant);
+        let dispatches = device.counters().dispatches.get();
+        let done = match self.kernel.variant {
+            Variant::Checked => self.checked(),
+            Variant::Stall => self.stalled(),
+            Variant::Table => self.resident(uses),
+            Variant::Delta(_) | Variant::Masked { .. } => self.plain(),
+        };
+        if done.is_err() {
+            // What was logged and not served must not keep a later kernel from logging it.
+            device.table().clear_all_wanted(device.gate());
+        }
+        let counters = device.counters();
+        counters.launches.add(1);
+        counters.faults.add(self.report.faults);
+        counters.retries.add(self.report.retries);
+        counters.log_overflows.add(self.report.log_overflows);
+        if matches!(done, Err(LaunchError::Lost)) {
+            device.lose();
+        }
+        done?;
+        self.report.dispatches = counters.dispatches.get() - dispatches;
+        self.report.elapsed = start.elapsed();
+        Ok(self.report)
+    }
+
+    /// Whether there is any sense in going on.
+    pub(crate) fn go_on(&self) -> Result<(), LaunchError> {
+        if self.device.driver().is_closing() {
+            return Err(LaunchError::Closed);
+        }
+        match self.device.injector().loss() {
+            None => Ok(()),
+            Some(_) => Err(LaunchError::Lost),
+        }
+    }
+
+    /// A dispatch from its start to its end.
+    pub(crate) fn dispatch(&self, chunk: Chunk) -> Result<(), LaunchError> {
+        self.dispatch_if(chunk, || true).map(drop)
+    }
+
+    /// The same, if `check` says so when no mapping can go any more; else false.
+    fn dispatch_if(&self, chunk: Chunk, check: impl FnOnce() -> bool) -> Result<bool, LaunchError> {
+        let device = self.device;
+        let uses_table = self.kernel.variant.uses_table();
+        if uses_table && !device.gate().begin(false, check) {
+            return Ok(false);
+        }
+        let done = self.first_time(|| {
+            let value = device.begin_dispatch(&self.kernel, self.push, self.groups, chunk)?;
+            device.finish(value)
+        });
+        // One that has not ended keeps the gate: what unmaps must not go on.
+        if uses_table && !device.has_given_up() {
+            device.gate().end();
+        }
+        done.map(|()| true)
+    }
+
+    /// Where a kernel is compiled by its first dispatch, finds what that has mapped.
+    pub(crate) fn first_time<R>(&self, dispatch: impl FnOnce() -> R) -> R {
+        let device = self.device;
+        let first = device.is_first_dispatch(self.kernel.pipeline);
+        let before = first.then(Footprint::now);
+        let done = dispatch();
+        if let Some(before) = before {
+            device.exclude_new(&before, true);
+        }
+        done
+    }
+
+    /// Has the engine bring a page. `true` when it was asked.
+    pub(crate) fn fault(&mut self, address: VirtAddr, access: Access) -> Result<bool, LaunchError> {
+        let device = self.device;
+        let (id, engine) = self.engine;
+        let mut since = None;
+        let mut rounds = 0;
+        loop {
+            if device.table().allows(address, access) {
+                return Ok(rounds > 0);
+            }
+            self.go_on()?;
+            rounds += 1;
+            self.report.faults += 1;
+            // An engine that panics must not be taken for a kernel that fails.
+            let bomb = hmm_device::AbortOnUnwind("the engine resolved a device fault");
+            let resolution = engine.device_fault(id, address, access);
+            bomb.defuse();
+            match resolution {
+                Ok(Resolution::Mapped) => return Ok(true),
+                Ok(Resolution::Retry) => {
+                    self.report.retries += 1;
+                    let since = since.get_or_insert_with(Instant::now);
+                    if since.elapsed() > RETRY_TIME {
+                        return Err(KernelError::Stuck { address, rounds }.into());
+                    }
+                    engine.wait_for_progress();
+                }
+                Err(error) => return Err(KernelError::Fault(error).into()),
+            }
+        }
+    }
+
+    /// A kernel without checks over the page table: what it uses is brought, and does not
+    /// go before it has ended.
+    fn resident(&mut self, uses: &[(PageRange, Access)]) -> Result<(), LaunchError> {
+        let device = self.device;
+        let mut last = None;
+        for _ in 0..ROUNDS {
+            for &(range, access) in uses {
+                for page in range.iter_pages() {
+                    if self.fault(page, access)? {
+                        last = Some(page);
+                    }
+                }
+            }
+            let all_there = || {
+                uses.iter().all(|&(range, access)| {
+                    let mut pages = range.iter_pages();
+                    pages.all(|page| device.table().allows(page, access))
+                })
+            };
+            if self.dispatch_if(Chunk::whole(self.groups), all_there)? {
+                return Ok(());
+            }
+        }
+        let address = last.unwrap_or(VirtAddr::new(0));
+        let rounds = ROUNDS;
+        Err(KernelError::Thrash { address, rounds }.into())
+    }
+
+    /// A kernel that uses no table: nobody waits for it but whoever launched it.
+    fn plain(&mut self) -> Result<(), LaunchError> {
+        self.dispatch(Chunk::whole(self.groups))
+    }
+}

@@ -1,0 +1,117 @@
+//! Checked kernels: invocations that missed a page are run again when it is there.
+//!
+//! The grid is cut into short dispatches. Each is repeated until nothing is unfinished:
+//! the misses that it logged are served in between, while nothing runs, so that the
+//! engine may unmap whatever it wants meanwhile. Invocations that are done have set their
+//! bit, and do nothing in a repetition.
+
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use hmm_types::{Access, VirtAddr};
+
+use crate::chunks::{Chunk, Chunks};
+use crate::config::{DISPATCH_INVOCATIONS, LOG_ENTRIES};
+use crate::launch::Launch;
+use crate::{KernelError, LaunchError};
+
+/// How often in a row invocations may end early and log nothing. (A page can go between
+/// a dispatch and its repetition; its log entry then comes with the next.)
+const SILENT_LIMIT: u64 = 64;
+
+/// What one look at the log came to.
+struct Served {
+    asked: bool,
+    last: VirtAddr,
+}
+
+impl Launch<'_> {
+    pub(crate) fn checked(&mut self) -> Result<(), LaunchError> {
+        let invocations = self.kernel.invocations();
+        let mut chunks = Chunks::new(self.groups, invocations, DISPATCH_INVOCATIONS);
+        while let Some(chunk) = chunks.next() {
+            self.device.area().clear_done(chunk.count() * invocations);
+            let start = Instant::now();
+            self.go_on()?;
+            self.dispatch(chunk)?;
+            chunks.took(chunk, start.elapsed());
+            self.repeat(chunk)?;
+        }
+        Ok(())
+    }
+
+    /// Serves misses and dispatches again until all invocations have come to their end.
+    fn repeat(&mut self, chunk: Chunk) -> Result<(), LaunchError> {
+        // An invocation may fault once for each page that the device can hold; when the
+        // engine has been asked twice as often, pages go as fast as they come.
+        let most = 2 * u64::from(self.device.frames()) + 1024;
+        let (mut left, mut rounds, mut silent) = (u32::MAX, 0, 0);
+        loop {
+            let control = self.device.control();
+            let unfinished = control.unfinished.load(Ordering::SeqCst);
+            let torn = control.torn.load(Ordering::SeqCst);
+            if unfinished == 0 && torn == 0 {
+                return Ok(());
+            }
+            if torn > 0 {
+                let invocations = unfinished;
+                return Err(KernelError::GaveUp { invocations, torn }.into());
+            }
+            self.go_on()?;
+            let served = self.serve_log()?;
+            if unfinished < left {
+                (left, rounds) = (unfinished, 0);
+            }
+            rounds += 1;
+            silent = if served.asked { 0 } else { silent + 1 };
+            if silent > SILENT_LIMIT {
+                let error = KernelError::Silent {
+                    invocations: unfinished,
+                    rounds: silent,
+                };
+                return Err(error.into());
+            }
+            if rounds > most {
+                let address = served.last;
+                return Err(KernelError::Thrash { address, rounds }.into());
+            }
+            self.report.repeats += 1;
+            self.dispatch(chunk)?;
+        }
+    }
+
+    fn serve_log(&mut self) -> Result<Served, LaunchError> {
+        let device = self.device;
+        let count = device.control().log_count.load(Ordering::SeqCst);
+        if count > LOG_ENTRIES {
+            // Those that are not in the log must be logged the next time.
+            self.report.log_overflows += 1;
+            device.table().clear_all_wanted(device.gate());
+        }
+        let count = count.min(LOG_ENTRIES);
+        for index in 0..count {
+            let (address, access) = parse(device.area().log(index).load(Ordering::SeqCst));
+            device.table().clear_wanted(address, access);
+        }
+        let mut served = Served {
+            asked: count > 0,
+            last: VirtAddr::new(0),
+        };
+        for index in 0..count {
+            let (address, access) = parse(device.area().log(index).load(Ordering::SeqCst));
+            self.fault(address, access)?;
+            served.last = address;
+        }
+        Ok(served)
+    }
+}
+
+/// A log entry: an address, whose lowest bit says whether it was to be written to.
+pub(crate) const fn parse(entry: u64) -> (VirtAddr, Access) {
+    let access = if entry & 1 == 1 {
+        Access::Write
+    } else {
+        Access::Read
+    };
+    (VirtAddr::new(entry & !1), access)
+}

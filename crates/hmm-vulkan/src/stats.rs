@@ -1,0 +1,100 @@
+//! What the device counts.
+
+use std::time::Duration;
+
+use hmm_device::Count;
+
+/// The device's counters.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) launches: Count,
+    pub(crate) dispatches: Count,
+    pub(crate) faults: Count,
+    pub(crate) retries: Count,
+    pub(crate) log_overflows: Count,
+    pub(crate) shootdowns: Count,
+    pub(crate) shootdown_waits: Count,
+    pub(crate) submissions: Count,
+    pub(crate) copies: Count,
+    pub(crate) bytes_to_device: Count,
+    pub(crate) bytes_to_host: Count,
+    pub(crate) bytes_zeroed: Count,
+    pub(crate) failures_injected: Count,
+}
+
+/// A snapshot of what the device has counted since it was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct VulkanStats {
+    /// Kernels launched.
+    pub launches: u64,
+    /// Dispatches that they took.
+    pub dispatches: u64,
+    /// Faults handed to the engine.
+    pub faults: u64,
+    /// Faults that were answered with "wait and look again".
+    pub retries: u64,
+    /// Times that the log did not hold all misses.
+    pub log_overflows: u64,
+    /// Unmappings that took a mapping away.
+    pub shootdowns: u64,
+    /// Those of them that had to wait for a kernel.
+    pub shootdown_waits: u64,
+    /// Submissions to the copy queue.
+    pub submissions: u64,
+    /// Transfers done.
+    pub copies: u64,
+    /// Bytes copied from host memory into frames.
+    pub bytes_to_device: u64,
+    /// Bytes copied from frames into host memory.
+    pub bytes_to_host: u64,
+    /// Bytes of frames zeroed.
+    pub bytes_zeroed: u64,
+    /// Failures that were injected.
+    pub failures_injected: u64,
+    /// Leaves of the page table in use: GiBs in which something is, or was, mapped.
+    pub leaves: u64,
+    /// Ranges of the driver's that are excluded from migration.
+    pub driver_ranges: u64,
+    /// The driver's thread shares the program's main heap, which is not excluded.
+    pub shares_heap: bool,
+}
+
+impl Counters {
+    pub(crate) fn snapshot(&self) -> VulkanStats {
+        VulkanStats {
+            launches: self.launches.get(),
+            dispatches: self.dispatches.get(),
+            faults: self.faults.get(),
+            retries: self.retries.get(),
+            log_overflows: self.log_overflows.get(),
+            shootdowns: self.shootdowns.get(),
+            shootdown_waits: self.shootdown_waits.get(),
+            submissions: self.submissions.get(),
+            copies: self.copies.get(),
+            bytes_to_device: self.bytes_to_device.get(),
+            bytes_to_host: self.bytes_to_host.get(),
+            bytes_zeroed: self.bytes_zeroed.get(),
+            failures_injected: self.failures_injected.get(),
+            ..VulkanStats::default()
+        }
+    }
+}
+
+/// What a launch did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LaunchReport {
+    /// Dispatches that it took.
+    pub dispatches: u64,
+    /// Those of them that ran invocations again whose pages had been missing.
+    pub repeats: u64,
+    /// Faults handed to the engine.
+    pub faults: u64,
+    /// Faults that were answered with "wait and look again".
+    pub retries: u64,
+    /// Times that the log did not hold all misses.
+    pub log_overflows: u64,
+    /// Time from the launch's turn to its end.
+    pub elapsed: Duration,
+}
