@@ -12,6 +12,7 @@ use crate::buffer::{Buffer, Use};
 use crate::config::{DISPATCH_INVOCATIONS, LOG_ENTRIES};
 use crate::control::Control;
 use crate::gpu::Gpu;
+use crate::log::UNWRITTEN;
 use crate::table::{LEAF_BYTES, Place, ROOT_BYTES};
 
 const PAGE: usize = 4096;
@@ -65,11 +66,9 @@ impl Area {
         let control = area.control();
         control.log_capacity.store(LOG_ENTRIES, Ordering::Relaxed);
         control.log.store(area.place(LOG).device, Ordering::Relaxed);
-        control
-            .done
-            .store(area.place(DONE).device, Ordering::Relaxed);
         let root = area.root().device;
         control.table.store(root, Ordering::Relaxed);
+        area.clear_log();
         area
     }
 
@@ -99,11 +98,23 @@ impl Area {
         self.buffer.device
     }
 
-    /// An entry of the log.
-    pub(crate) fn log(&self, index: u32) -> &AtomicU64 {
-        assert!(index < LOG_ENTRIES, "the log has no entry {index}");
+    /// Device address of the done bits.
+    pub(crate) const fn done_address(&self) -> u64 {
+        self.place(DONE).device
+    }
+
+    /// The log's entry with this number: the log is a ring.
+    pub(crate) fn log(&self, number: u32) -> &AtomicU64 {
+        let index = number % LOG_ENTRIES;
         // SAFETY: the log has that entry, which host and device use as one word.
         unsafe { &*self.place(LOG).host.cast::<AtomicU64>().add(index as usize) }
+    }
+
+    /// Nothing is in the log.
+    pub(crate) fn clear_log(&self) {
+        for number in 0..LOG_ENTRIES {
+            self.log(number).store(UNWRITTEN, Ordering::Relaxed);
+        }
     }
 
     /// No invocation of the first so many is done.

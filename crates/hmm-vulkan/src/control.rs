@@ -14,7 +14,8 @@ pub(crate) struct Control {
     pub(crate) stop: AtomicU32,
     /// Host: unmappings that wait. Nonzero keeps parked what is parked.
     pub(crate) yielding: AtomicU32,
-    /// Kernel: misses logged; more than the log holds are counted, not kept.
+    /// Kernel: misses counted so far, which wraps around. One is written at its number
+    /// modulo the capacity, or nowhere if `log_served` was that far behind.
     pub(crate) log_count: AtomicU32,
     pub(crate) log_capacity: AtomicU32,
     /// Kernel: subgroups under way in the low half, those of them that are parked in
@@ -26,12 +27,14 @@ pub(crate) struct Control {
     pub(crate) torn: AtomicU32,
     pub(crate) table: AtomicU64,
     pub(crate) log: AtomicU64,
+    /// Host: where the done bits are; 0 when nobody asks for them.
     pub(crate) done: AtomicU64,
     pub(crate) delta: AtomicU64,
     pub(crate) mask: AtomicU64,
     pub(crate) base: AtomicU64,
     pub(crate) base_group: [AtomicU32; 3],
-    _pad: u32,
+    /// Host: entries of the log that it has read, and overwritten with ones.
+    pub(crate) log_served: AtomicU32,
     pub(crate) groups: [AtomicU32; 3],
     pub(crate) dispatched: [AtomicU32; 3],
     /// Polls after which a stalled invocation gives up.
@@ -55,6 +58,7 @@ const _: () = {
     assert!(offset_of!(Control, mask) == 64);
     assert!(offset_of!(Control, base) == 72);
     assert!(offset_of!(Control, base_group) == 80);
+    assert!(offset_of!(Control, log_served) == 92);
     assert!(offset_of!(Control, groups) == 96);
     assert!(offset_of!(Control, dispatched) == 108);
     assert!(offset_of!(Control, stall_polls) == 120);
@@ -64,6 +68,7 @@ impl Control {
     /// Ready for the next dispatch of a launch over `groups`.
     pub(crate) fn prepare(&self, groups: [u32; 3], base: [u32; 3], dispatched: [u32; 3]) {
         self.log_count.store(0, Ordering::Relaxed);
+        self.log_served.store(0, Ordering::Relaxed);
         self.subgroups.store(0, Ordering::Relaxed);
         self.unfinished.store(0, Ordering::Relaxed);
         self.torn.store(0, Ordering::Relaxed);

@@ -272,6 +272,11 @@ impl VulkanDevice {
         let control = self.control();
         let polls = self.parts.config.stall_polls;
         control.stall_polls.store(polls, Ordering::Relaxed);
+        let done = match variant {
+            Variant::Checked => self.area().done_address(),
+            _ => 0,
+        };
+        control.done.store(done, Ordering::Relaxed);
         match variant {
             Variant::Delta(delta) => control.delta.store(delta, Ordering::Relaxed),
             Variant::Masked { base, mask } => {

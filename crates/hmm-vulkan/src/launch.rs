@@ -13,6 +13,7 @@ use crate::chunks::{Chunk, product};
 use crate::device::VulkanDevice;
 use crate::footprint::Footprint;
 use crate::kernel::{Kernel, Loaded, Variant};
+use crate::log::Miss;
 use crate::stats::LaunchReport;
 use crate::{KernelError, LaunchError};
 
@@ -29,6 +30,8 @@ pub(crate) struct Launch<'a> {
     pub(crate) push: &'a [u8],
     pub(crate) engine: (DeviceId, &'static dyn FaultHandler),
     pub(crate) report: LaunchReport,
+    /// Room for what is read from the log.
+    pub(crate) misses: hmm_mem::Vec<Miss>,
 }
 
 impl VulkanDevice {
@@ -68,6 +71,7 @@ impl VulkanDevice {
                 push: &push,
                 engine,
                 report: LaunchReport::default(),
+                misses: hmm_mem::vec(),
             };
             launch.run(&ranges)
         });
@@ -128,6 +132,7 @@ impl Launch<'_> {
         };
         if done.is_err() {
             // What was logged and not served must not keep a later kernel from logging it.
+            device.area().clear_log();
             device.table().clear_all_wanted(device.gate());
         }
         let counters = device.counters();
@@ -191,7 +196,8 @@ impl Launch<'_> {
     }
 
     /// Has the engine bring a page. `true` when it was asked.
-    pub(crate) fn fault(&mut self, address: VirtAddr, access: Access) -> Result<bool, LaunchError> {
+    pub(crate) fn fault(&mut self, miss: Miss) -> Result<bool, LaunchError> {
+        let Miss { address, access } = miss;
         let device = self.device;
         let (id, engine) = self.engine;
         let mut since = None;
@@ -230,7 +236,11 @@ impl Launch<'_> {
         for _ in 0..ROUNDS {
             for &(range, access) in uses {
                 for page in range.iter_pages() {
-                    if self.fault(page, access)? {
+                    let miss = Miss {
+                        address: page,
+                        access,
+                    };
+                    if self.fault(miss)? {
                         last = Some(page);
                     }
                 }

@@ -42,6 +42,7 @@ mod gpu;
 mod instance;
 mod kernel;
 mod launch;
+mod log;
 mod memory;
 mod open;
 mod physical;

@@ -8,11 +8,12 @@
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use hmm_types::{Access, VirtAddr};
+use hmm_types::VirtAddr;
 
 use crate::chunks::{Chunk, Chunks};
-use crate::config::{DISPATCH_INVOCATIONS, LOG_ENTRIES};
+use crate::config::DISPATCH_INVOCATIONS;
 use crate::launch::Launch;
+use crate::log::Miss;
 use crate::{KernelError, LaunchError};
 
 /// How often in a row invocations may end early and log nothing. (A page can go between
@@ -81,37 +82,32 @@ impl Launch<'_> {
     }
 
     fn serve_log(&mut self) -> Result<Served, LaunchError> {
+        let misses = self.read_log(false);
+        let mut served = Served {
+            asked: !misses.is_empty(),
+            last: VirtAddr::new(0),
+        };
+        for miss in &misses {
+            self.fault(*miss)?;
+            served.last = miss.address;
+        }
+        self.misses = misses;
+        Ok(served)
+    }
+
+    /// What kernels have missed since the last time; from now on it is logged anew.
+    pub(crate) fn read_log(&mut self, runs: bool) -> hmm_mem::Vec<Miss> {
         let device = self.device;
-        let count = device.control().log_count.load(Ordering::SeqCst);
-        if count > LOG_ENTRIES {
-            // Those that are not in the log must be logged the next time.
+        let mut misses = std::mem::replace(&mut self.misses, hmm_mem::vec());
+        misses.clear();
+        let complete = device.area().read_log(runs, &mut misses);
+        for miss in &misses {
+            device.table().clear_wanted(miss.address, miss.access);
+        }
+        if !complete {
             self.report.log_overflows += 1;
             device.table().clear_all_wanted(device.gate());
         }
-        let count = count.min(LOG_ENTRIES);
-        for index in 0..count {
-            let (address, access) = parse(device.area().log(index).load(Ordering::SeqCst));
-            device.table().clear_wanted(address, access);
-        }
-        let mut served = Served {
-            asked: count > 0,
-            last: VirtAddr::new(0),
-        };
-        for index in 0..count {
-            let (address, access) = parse(device.area().log(index).load(Ordering::SeqCst));
-            self.fault(address, access)?;
-            served.last = address;
-        }
-        Ok(served)
+        misses
     }
-}
-
-/// A log entry: an address, whose lowest bit says whether it was to be written to.
-pub(crate) const fn parse(entry: u64) -> (VirtAddr, Access) {
-    let access = if entry & 1 == 1 {
-        Access::Write
-    } else {
-        Access::Read
-    };
-    (VirtAddr::new(entry & !1), access)
 }
