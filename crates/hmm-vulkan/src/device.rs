@@ -300,6 +300,9 @@ impl VulkanDevice {
 
     /// The driver says that the device is lost. Memory of this process is still there.
     pub(crate) fn lose(&self) {
+        if self.injector.loss().is_some() {
+            return; // known, and how
+        }
         let readable = self.parts.reservation.is_some() && !self.has_given_up();
         self.injector.lose(if readable {
             LossMode::MemoryReadable

@@ -1,10 +1,11 @@
 #version 460
 #extension GL_GOOGLE_include_directive : require
-#include "hmm.glsl"
 
 // The operations of the conformance suite, and some to be slow with. All are right for
 // repetition: what they write they have looked up before, and that comes last.
 layout(local_size_x = 64) in;
+// Behind the size, which would count as 1 in there.
+#include "hmm.glsl"
 
 layout(push_constant, std430) uniform Arguments {
     uint64_t operation;
