@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::VulkanError;
 use crate::buffer::{Buffer, Use};
-use crate::config::{DISPATCH_INVOCATIONS, LOG_ENTRIES};
+use crate::config::{DISPATCH_INVOCATIONS, MAX_LOG_ENTRIES, VulkanConfig};
 use crate::control::Control;
 use crate::gpu::Gpu;
 use crate::log::UNWRITTEN;
@@ -18,7 +18,7 @@ use crate::table::{LEAF_BYTES, Place, ROOT_BYTES};
 const PAGE: usize = 4096;
 const ROOT: usize = PAGE;
 const LOG: usize = (ROOT + ROOT_BYTES).next_multiple_of(PAGE);
-const LOG_BYTES: usize = LOG_ENTRIES as usize * 8;
+const LOG_BYTES: usize = MAX_LOG_ENTRIES as usize * 8;
 const DONE: usize = (LOG + LOG_BYTES).next_multiple_of(PAGE);
 #[allow(clippy::cast_possible_truncation, reason = "2^20")]
 const DONE_WORDS: usize = DISPATCH_INVOCATIONS as usize / 32;
@@ -29,6 +29,7 @@ const LEAVES: usize = (DONE + DONE_WORDS * 4).next_multiple_of(64 << 10);
 #[derive(Debug)]
 pub(crate) struct Area {
     pub(crate) buffer: Buffer,
+    log_entries: u32,
 }
 
 impl Area {
@@ -38,12 +39,12 @@ impl Area {
     }
 
     /// In memory of the driver's, which is cleared.
-    pub(crate) fn new(gpu: &Gpu, leaves: u32) -> Result<Self, VulkanError> {
-        let bytes = Self::bytes(leaves);
+    pub(crate) fn new(gpu: &Gpu, config: &VulkanConfig<'_>) -> Result<Self, VulkanError> {
+        let bytes = Self::bytes(config.leaves);
         let buffer = Buffer::new(gpu, bytes as u64, Use::Shared)?;
         // SAFETY: the buffer is mapped for that many bytes, and nobody else's yet.
         unsafe { ptr::write_bytes(buffer.host, 0, bytes) };
-        Ok(Self::begin(buffer))
+        Ok(Self::begin(buffer, config.log_entries))
     }
 
     /// In memory of this process.
@@ -53,18 +54,21 @@ impl Area {
     pub(crate) unsafe fn import(
         gpu: &Gpu,
         host: *mut u8,
-        leaves: u32,
+        config: &VulkanConfig<'_>,
     ) -> Result<Self, VulkanError> {
-        let bytes = Self::bytes(leaves).next_multiple_of(PAGE);
+        let bytes = Self::bytes(config.leaves).next_multiple_of(PAGE);
         // SAFETY: the caller's contract.
         let buffer = unsafe { Buffer::import(gpu, host, bytes as u64, Use::Shared) }?;
-        Ok(Self::begin(buffer))
+        Ok(Self::begin(buffer, config.log_entries))
     }
 
-    fn begin(buffer: Buffer) -> Self {
-        let area = Self { buffer };
+    fn begin(buffer: Buffer, log_entries: u32) -> Self {
+        let area = Self {
+            buffer,
+            log_entries,
+        };
         let control = area.control();
-        control.log_capacity.store(LOG_ENTRIES, Ordering::Relaxed);
+        control.log_capacity.store(log_entries, Ordering::Relaxed);
         control.log.store(area.place(LOG).device, Ordering::Relaxed);
         let root = area.root().device;
         control.table.store(root, Ordering::Relaxed);
@@ -98,6 +102,11 @@ impl Area {
         self.buffer.device
     }
 
+    /// Entries of the log.
+    pub(crate) const fn log_entries(&self) -> u32 {
+        self.log_entries
+    }
+
     /// Device address of the done bits.
     pub(crate) const fn done_address(&self) -> u64 {
         self.place(DONE).device
@@ -105,14 +114,14 @@ impl Area {
 
     /// The log's entry with this number: the log is a ring.
     pub(crate) fn log(&self, number: u32) -> &AtomicU64 {
-        let index = number % LOG_ENTRIES;
+        let index = number % self.log_entries;
         // SAFETY: the log has that entry, which host and device use as one word.
         unsafe { &*self.place(LOG).host.cast::<AtomicU64>().add(index as usize) }
     }
 
     /// Nothing is in the log.
     pub(crate) fn clear_log(&self) {
-        for number in 0..LOG_ENTRIES {
+        for number in 0..self.log_entries {
             self.log(number).store(UNWRITTEN, Ordering::Relaxed);
         }
     }

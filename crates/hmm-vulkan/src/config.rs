@@ -6,8 +6,8 @@ use hmm_types::ByteCount;
 
 use crate::Choice;
 
-/// Entries of the fault log.
-pub(crate) const LOG_ENTRIES: u32 = 1 << 16;
+/// Most entries of a fault log.
+pub const MAX_LOG_ENTRIES: u32 = 1 << 16;
 /// Most invocations of one checked dispatch: it has a done bit for each.
 pub(crate) const DISPATCH_INVOCATIONS: u64 = 1 << 20;
 /// Most leaves of a page table, which has one for each GiB that something is mapped in.
@@ -46,6 +46,9 @@ pub struct VulkanConfig<'a> {
     /// GiBs of the address space that the device can have pages of at a time, and one;
     /// 2 to [`MAX_LEAVES`]. Each takes 2 MiB and 64 KiB of memory that both see.
     pub leaves: u32,
+    /// Misses that a kernel can log before they are served, a power of two up to
+    /// [`MAX_LOG_ENTRIES`]. With fewer, pages come in more rounds.
+    pub log_entries: u32,
     /// For how long one dispatch may run, and a stalled one without asking for a page.
     pub dispatch_limit: Duration,
     /// How often a stalled invocation looks for its page before it gives up.
@@ -64,6 +67,7 @@ impl VulkanConfig<'_> {
             system_memory: false,
             poison_freed: false,
             leaves: 65,
+            log_entries: MAX_LOG_ENTRIES,
             dispatch_limit: Duration::from_secs(10),
             stall_polls: 1 << 30,
         }

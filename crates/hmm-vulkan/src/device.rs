@@ -545,6 +545,7 @@ pub(crate) const fn without_choice(config: VulkanConfig<'_>) -> VulkanConfig<'st
         system_memory: config.system_memory,
         poison_freed: config.poison_freed,
         leaves: config.leaves,
+        log_entries: config.log_entries,
         dispatch_limit: config.dispatch_limit,
         stall_polls: config.stall_polls,
     }

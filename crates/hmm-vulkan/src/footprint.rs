@@ -7,15 +7,21 @@
 //! does so: when it is opened, and when a kernel is compiled (with llvmpipe, at its first
 //! dispatch).
 //!
+//! Stacks of threads that have ended are used again by new ones, so the driver's threads
+//! are looked up as well: each one's stack pointer says where its stack is.
+//!
 //! What other threads of the program map in that very moment is taken along, and then
 //! does not migrate either. So open devices early. Heaps (glibc's arenas) are excluded as
-//! a whole, 64 MiB each. If a driver's thread shares the main heap with the program,
+//! a whole, 64 MiB each: those that are new, and the one of the driver's thread. One that a
+//! thread of the program has left behind when it ended can be a driver's thread's later,
+//! and is not recognised. If a driver's thread shares the main heap with the program,
 //! which glibc does only when it has run out of arenas, that heap cannot be excluded:
 //! [`Taken::shares_heap`] says so.
 
 use std::fs;
+use std::time::Duration;
 
-use hmm_types::PageRange;
+use hmm_types::{PageRange, VirtAddr};
 
 /// Size and alignment of one of glibc's heaps outside of the main one.
 const HEAP: u64 = 64 << 20;
@@ -26,6 +32,7 @@ const LATE_MAX: u64 = 16 << 20;
 #[derive(Debug)]
 pub(crate) struct Footprint {
     writable: Vec<[u64; 2]>,
+    threads: Vec<u32>,
 }
 
 /// What has appeared since then.
@@ -42,6 +49,7 @@ impl Footprint {
         let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
         Self {
             writable: writable(&maps),
+            threads: threads(),
         }
     }
 
@@ -50,7 +58,23 @@ impl Footprint {
         let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
         let probe = Box::new(0u64);
         let here = (&raw const *probe).addr() as u64;
-        self.compare(&maps, here, late)
+        let mut taken = self.compare(&maps, here, late);
+        let new = threads();
+        let new = new.iter().filter(|thread| !self.threads.contains(thread));
+        let writable = writable(&maps);
+        for stack in new.filter_map(|&thread| stack_pointer(thread)) {
+            let known = taken.ranges.iter();
+            let mut known = known.filter(|range| range.contains(VirtAddr::new(stack)));
+            let mapping = writable
+                .iter()
+                .find(|[start, end]| (*start..*end).contains(&stack));
+            if let (None, Some(&[start, end])) = (known.next(), mapping) {
+                let start = VirtAddr::new(start);
+                let range = PageRange::new(start, end - start.get());
+                taken.ranges.extend(range.ok());
+            }
+        }
+        taken
     }
 
     fn compare(&self, maps: &str, heap_of_thread: u64, late: bool) -> Taken {
@@ -88,7 +112,7 @@ impl Footprint {
             }
         }
         for [start, end] in merged {
-            let start = hmm_types::VirtAddr::new(start);
+            let start = VirtAddr::new(start);
             ranges.extend(PageRange::new(start, end - start.get()).ok());
         }
         Taken {
@@ -108,6 +132,33 @@ fn writable(maps: &str) -> Vec<[u64; 2]> {
         (access.as_bytes().get(1) == Some(&b'w')).then_some([address(start)?, address(end)?])
     };
     maps.lines().filter_map(parse).collect()
+}
+
+/// The threads of this process.
+fn threads() -> Vec<u32> {
+    let tasks = fs::read_dir("/proc/self/task")
+        .into_iter()
+        .flatten()
+        .flatten();
+    tasks
+        .filter_map(|task| task.file_name().to_str()?.parse().ok())
+        .collect()
+}
+
+/// Where a thread's stack pointer is, as soon as it waits for something. `None` when it
+/// has ended, or does not come to wait.
+fn stack_pointer(thread: u32) -> Option<u64> {
+    const LOOKS: u32 = 100;
+    for _ in 0..LOOKS {
+        // NUMBER ARGUMENTS... STACK-POINTER INSTRUCTION-POINTER, or `running`.
+        let call = fs::read_to_string(format!("/proc/self/task/{thread}/syscall")).ok()?;
+        let mut words = call.split_ascii_whitespace().rev();
+        if let (Some(_), Some(stack)) = (words.next(), words.next()) {
+            return u64::from_str_radix(stack.trim_start_matches("0x"), 16).ok();
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    None
 }
 
 /// The parts of a range that lie in none of `others`, which are in order.
@@ -132,7 +183,6 @@ fn minus(range: [u64; 2], others: &[[u64; 2]]) -> Vec<[u64; 2]> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use hmm_types::VirtAddr;
 
     fn range(start: u64, end: u64) -> PageRange {
         PageRange::new(VirtAddr::new(start), end - start).unwrap()
@@ -146,6 +196,7 @@ mod tests {
                      40000000-42000000 rw-p 0 0:0 0\n";
         let footprint = Footprint {
             writable: writable(before),
+            threads: Vec::new(),
         };
         let taken = footprint.compare(after, 0x5100, false);
         assert!(taken.shares_heap);
@@ -164,6 +215,7 @@ mod tests {
         let maps = "80000000-80021000 rw-p 0 0:0 0\n80021000-84000000 ---p 0 0:0 0\n";
         let footprint = Footprint {
             writable: writable(maps),
+            threads: Vec::new(),
         };
         let taken = footprint.compare(maps, 0x8000_0010, true);
         let whole = vec![range(0x8000_0000, 0x8400_0000)];
@@ -187,5 +239,24 @@ mod tests {
         let taken = before.taken(false);
         let middle = VirtAddr::new(memory.as_ptr().addr() as u64 + (4 << 20));
         assert!(taken.ranges.iter().any(|range| range.contains(middle)));
+    }
+
+    #[test]
+    fn a_new_threads_stack_is_found_wherever_it_is() {
+        // A stack that has been used before, and is no new mapping.
+        std::thread::spawn(|| ()).join().unwrap();
+        let before = Footprint::now();
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let (end, ends) = std::sync::mpsc::channel::<()>();
+        let thread = std::thread::spawn(move || {
+            let local = 0u8;
+            sender.send((&raw const local).addr() as u64).unwrap();
+            let _ = ends.recv();
+        });
+        let stack = VirtAddr::new(receiver.recv().unwrap());
+        let taken = before.taken(false);
+        drop(end);
+        thread.join().unwrap();
+        assert!(taken.ranges.iter().any(|range| range.contains(stack)));
     }
 }

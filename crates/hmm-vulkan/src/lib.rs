@@ -54,7 +54,7 @@ mod stall;
 mod stats;
 mod table;
 
-pub use config::{Copies, MAX_KERNELS, MAX_LEAVES, VulkanConfig};
+pub use config::{Copies, MAX_KERNELS, MAX_LEAVES, MAX_LOG_ENTRIES, VulkanConfig};
 pub use device::{POISON, VulkanDevice};
 pub use error::{KernelError, LaunchError, VulkanError};
 pub use instance::validation_complaints;

@@ -12,14 +12,11 @@ use std::time::{Duration, Instant};
 use hmm_types::{Access, VirtAddr};
 
 use crate::area::Area;
-use crate::config::LOG_ENTRIES;
 
 /// What stands in the log where nothing does.
 pub(crate) const UNWRITTEN: u64 = u64::MAX;
 /// An entry whose number was taken is written by then, if the kernel still runs.
 const WRITTEN: Duration = Duration::from_millis(100);
-
-const _: () = assert!(LOG_ENTRIES.is_power_of_two());
 
 /// A miss.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,9 +47,10 @@ impl Area {
         let count = control.log_count.load(Ordering::SeqCst);
         let first = control.log_served.load(Ordering::SeqCst);
         let pending = count.wrapping_sub(first);
-        let mut complete = pending <= LOG_ENTRIES;
+        let entries = self.log_entries();
+        let mut complete = pending <= entries;
         let since = Instant::now();
-        for offset in 0..pending.min(LOG_ENTRIES) {
+        for offset in 0..pending.min(entries) {
             let slot = self.log(first.wrapping_add(offset));
             let mut entry = slot.load(Ordering::SeqCst);
             while entry == UNWRITTEN && runs && since.elapsed() < WRITTEN {

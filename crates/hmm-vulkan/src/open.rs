@@ -10,7 +10,7 @@ use hmm_types::{BLOCK_SIZE, PAGE_SHIFT};
 
 use crate::VulkanError;
 use crate::area::Area;
-use crate::config::{Copies, MAX_LEAVES, VulkanConfig};
+use crate::config::{Copies, MAX_LEAVES, MAX_LOG_ENTRIES, VulkanConfig};
 use crate::device::{Parts, VulkanDevice, without_choice};
 use crate::dispatch::Commands;
 use crate::driver::Driver;
@@ -50,6 +50,11 @@ impl VulkanDevice {
             (2..=MAX_LEAVES).contains(&config.leaves),
             "a page table of {} leaves; 2 to {MAX_LEAVES} can be",
             config.leaves
+        );
+        assert!(
+            config.log_entries.is_power_of_two() && config.log_entries <= MAX_LOG_ENTRIES,
+            "a fault log of {} entries; a power of two up to {MAX_LOG_ENTRIES} can be",
+            config.log_entries
         );
         let driver: &'static Driver = hmm_mem::leaked(Driver::new());
         let body = || {
@@ -155,7 +160,7 @@ impl Making {
         let description = &gpu.physical.description;
         if !(description.is_cpu && description.imports_host && config.own_memory) {
             self.memory = Some(Memory::new(self.gpu(), frames)?);
-            self.area = Some(Area::new(self.gpu(), config.leaves)?);
+            self.area = Some(Area::new(self.gpu(), config)?);
             return Ok(());
         }
         #[allow(clippy::cast_possible_truncation, reason = "2 MiB")]
@@ -172,7 +177,7 @@ impl Making {
         // SAFETY: both lie in the reservation, which is zero and outlives them.
         unsafe {
             self.memory = Some(Memory::import(gpu, frames, reservation)?);
-            self.area = Some(Area::import(gpu, area_base, config.leaves)?);
+            self.area = Some(Area::import(gpu, area_base, config)?);
         }
         Ok(())
     }

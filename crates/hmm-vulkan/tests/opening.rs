@@ -1,0 +1,309 @@
+//! Opening a device, and every way in which that fails. What can end the process, or
+//! needs another environment, runs in a process of its own.
+
+mod common;
+
+use std::process::Command;
+
+use common::{Tested, assert_silent};
+use hmm_conformance::{Engine, Operation, Subject};
+use hmm_device::{Embedder, Join, Standalone};
+use hmm_hal::Device;
+use hmm_types::{ByteCount, PageRange, VirtAddr};
+use hmm_vulkan::{AddressPolicy, Choice, Variant, VulkanConfig, VulkanDevice, VulkanError};
+
+/// Tells a child of a test what it is to do.
+const ROLE: &str = "HMM_VULKAN_TEST_ROLE";
+
+fn config(mib: u64) -> VulkanConfig<'static> {
+    VulkanConfig::new(ByteCount::mib(mib))
+}
+
+/// Runs a test of this file again, in a process with other variables, and returns what it
+/// printed.
+fn in_child(test: &str, role: &str, variables: &[(&str, &str)]) -> String {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture"])
+        .env(ROLE, role)
+        .envs(variables.iter().copied())
+        .output()
+        .unwrap();
+    let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
+    text += &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{text}");
+    text
+}
+
+fn role() -> Option<String> {
+    std::env::var(ROLE).ok()
+}
+
+#[test]
+fn without_a_driver_the_error_says_so() {
+    if role().is_some() {
+        let error = VulkanDevice::open(config(8)).unwrap_err();
+        println!("error: {error}");
+        let error = hmm_vulkan::list().map(|all| all.len());
+        println!("list: {error:?}");
+        return;
+    }
+    let nowhere = [
+        ("VK_DRIVER_FILES", "/nowhere"),
+        ("HMM_VULKAN_VALIDATION", ""),
+    ];
+    let text = in_child("without_a_driver_the_error_says_so", "open", &nowhere);
+    let known = ["no Vulkan device", "there is no Vulkan here"];
+    assert!(known.iter().any(|error| text.contains(error)), "{text}");
+}
+
+#[test]
+fn a_device_says_what_it_is() {
+    let device = device!(config(8));
+    let about = device.describe();
+    assert_eq!(device.info().name, about.name);
+    assert_eq!(device.info().memory, ByteCount::mib(8));
+    assert!(about.problem.is_none());
+    assert_eq!(about.policy, AddressPolicy::Table);
+    assert!(!about.policy_reason.is_empty());
+    assert!(about.memory.get() > 0 && !about.driver.is_empty() && !about.api.is_empty());
+    let all = hmm_vulkan::list().unwrap();
+    assert!(all.iter().any(|one| one.name == about.name));
+    println!("{about:#?}");
+    if about.is_cpu {
+        assert!(about.host_visible && about.no_stall.is_none());
+    }
+    device.close();
+    assert_silent();
+}
+
+#[test]
+fn a_device_is_chosen_by_number_or_name() {
+    let first = device!(config(8));
+    let name = first.describe().name;
+    first.close();
+    let all = hmm_vulkan::list().unwrap();
+    let number = all.iter().position(|one| one.name == name).unwrap();
+    let word = name.split_whitespace().next().unwrap().to_uppercase();
+    for choice in [Choice::Index(number), Choice::Name(&word)] {
+        let mut config = config(8);
+        config.device = choice;
+        let device = VulkanDevice::open(config).unwrap();
+        assert_eq!(device.describe().name, name);
+        device.close();
+    }
+    for choice in [Choice::Index(99), Choice::Name("no such device")] {
+        let mut config = config(8);
+        config.device = choice;
+        let error = VulkanDevice::open(config).unwrap_err();
+        assert!(matches!(error, VulkanError::NoDevice { .. }), "{error}");
+        // It names those that there are.
+        assert!(error.to_string().contains(&name), "{error}");
+    }
+    assert_silent();
+}
+
+#[test]
+fn memory_that_makes_no_sense_is_refused_with_the_limit() {
+    let device = device!(config(8));
+    device.close();
+    for asked in [ByteCount::new(4095), ByteCount::new(1 << 50)] {
+        let error = VulkanDevice::open(VulkanConfig::new(asked)).unwrap_err();
+        let VulkanError::MemorySize { limit, .. } = error else {
+            panic!("{error}");
+        };
+        assert!(error.to_string().contains(&limit.to_string()), "{error}");
+    }
+    assert_silent();
+}
+
+/// Devices can be opened and closed again and again; what they were is given back.
+#[test]
+fn nothing_is_left_behind() {
+    let mappings = || {
+        std::fs::read_to_string("/proc/self/maps")
+            .unwrap()
+            .lines()
+            .count()
+    };
+    let mut before = 0;
+    for round in 0..6 {
+        let device = device!(config(64));
+        let tested = Tested::new(device, Variant::Checked);
+        let engine = Engine::new(tested, 4);
+        let to = engine.address(0);
+        tested
+            .launch(Operation::Fill {
+                to,
+                count: 99,
+                first: 0,
+            })
+            .unwrap();
+        tested.close();
+        if round == 2 {
+            before = mappings();
+        }
+    }
+    let after = mappings();
+    // The engine's pages of each round, and what the C library keeps.
+    assert!(after <= before + 24, "{before} mappings, then {after}");
+}
+
+/// What the device and its driver need does not migrate.
+#[test]
+fn memory_and_the_drivers_own_are_excluded() {
+    #[derive(Default, Debug)]
+    struct Noting {
+        excluded: std::sync::Mutex<Vec<PageRange>>,
+        untouched: std::sync::Mutex<Vec<PageRange>>,
+    }
+    impl Embedder for Noting {
+        fn exclude(&self, range: PageRange) {
+            if access_of(range.start()).is_some_and(|access| access.starts_with("---")) {
+                self.untouched.lock().unwrap().push(range);
+            }
+            self.excluded.lock().unwrap().push(range);
+        }
+
+        fn include(&self, range: PageRange) {
+            let mut excluded = self.excluded.lock().unwrap();
+            let index = excluded.iter().position(|&known| known == range);
+            excluded.swap_remove(index.expect("excluded before"));
+        }
+
+        fn spawn(
+            &self,
+            name: String,
+            body: Box<dyn FnOnce() + Send>,
+        ) -> std::io::Result<Box<dyn Join>> {
+            Standalone.spawn(name, body)
+        }
+    }
+    let noting: &'static Noting = Box::leak(Box::default());
+    // Is there one at all? Its threads' stacks are used again by those of the next.
+    device!(config(8)).close();
+    let device = VulkanDevice::open_with(config(8), noting).unwrap();
+    let tested = Tested::new(device, Variant::Checked);
+    let engine = Engine::new(tested, 4);
+    let to = engine.address(0);
+    tested
+        .launch(Operation::Fill {
+            to,
+            count: 99,
+            first: 0,
+        })
+        .unwrap();
+    let excluded = noting.excluded.lock().unwrap().clone();
+    let is_excluded = |address: u64| {
+        let mut all = excluded.iter();
+        all.any(|range| range.contains(VirtAddr::new(address)))
+    };
+    if device.describe().is_cpu {
+        let untouched = noting.untouched.lock().unwrap();
+        assert!(
+            untouched.iter().any(|range| range.bytes().get() > 8 << 20),
+            "the device's memory is not excluded before it can be used: {untouched:?}"
+        );
+    }
+    // The stack of every thread that the driver has started.
+    let mut found = 0;
+    for task in std::fs::read_dir("/proc/self/task").unwrap() {
+        let task = task.unwrap().path();
+        let name = std::fs::read_to_string(task.join("comm")).unwrap_or_default();
+        if name.starts_with("llvmpipe") || name.contains("lvp") {
+            let status = std::fs::read_to_string(task.join("syscall")).unwrap_or_default();
+            let words: Vec<&str> = status.split_whitespace().collect();
+            if let [.., stack, _] = words[..] {
+                let stack = u64::from_str_radix(stack.trim_start_matches("0x"), 16).unwrap();
+                assert!(is_excluded(stack), "the stack of {name} at {stack:#x}");
+                found += 1;
+            }
+        }
+    }
+    assert!(
+        !device.describe().is_cpu || found > 0,
+        "no thread of the driver was found"
+    );
+    assert!(device.stats().driver_ranges > 0);
+    assert!(!device.stats().shares_heap);
+    tested.close();
+    // Nothing stays excluded but what another thread may have been given.
+    let left = noting.excluded.lock().unwrap();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+/// The access rights of the mapping that an address lies in.
+fn access_of(address: VirtAddr) -> Option<String> {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    maps.lines().find_map(|line| {
+        let mut words = line.split_whitespace();
+        let (start, end) = words.next()?.split_once('-')?;
+        let [start, end] = [start, end].map(|hex| u64::from_str_radix(hex, 16).unwrap());
+        let inside = (start..end).contains(&address.get());
+        inside.then(|| words.next().unwrap_or_default().to_owned())
+    })
+}
+
+/// Without this the other tests' silence would prove nothing.
+#[test]
+fn the_validation_layer_does_complain() {
+    if role().is_some() {
+        let device = VulkanDevice::open(config(8)).unwrap();
+        // A kernel whose push constants do not fit its layout.
+        let words = common::words(common::CHECKED);
+        let code = hmm_vulkan::KernelCode {
+            words: &words,
+            entry: c"main",
+            local_size: [common::LOCAL, 1, 1],
+            push_constant_bytes: 8,
+            control_constant: Some(9),
+            variant: Variant::Checked,
+        };
+        // SAFETY: it is never launched.
+        let kernel = unsafe { device.load(&code) };
+        println!("complaints: {:?}", hmm_vulkan::validation_complaints());
+        drop(kernel);
+        return;
+    }
+    if hmm_vulkan::validation_complaints().is_none() {
+        skip!("HMM_VULKAN_VALIDATION is not set (`cargo xtask vulkan` says how)");
+    }
+    device!(config(8)).close();
+    let text = in_child("the_validation_layer_does_complain", "complain", &[]);
+    assert!(text.contains("complaints: Some([\""), "{text}");
+    assert!(text.contains("VUID"), "{text}");
+}
+
+/// The committed kernels are what their source says, where there is a compiler.
+#[test]
+fn kernels_are_what_their_source_says() {
+    let kernels = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/kernels");
+    for (variant, committed) in [
+        ("CHECKED", common::CHECKED),
+        ("STALL", common::STALL),
+        ("TABLE", common::TABLE),
+    ] {
+        let made = std::env::temp_dir().join(format!("hmm-{}-{variant}.spv", std::process::id()));
+        let compiler = Command::new("glslangValidator")
+            .args(["--target-env", "vulkan1.2", "-Os", "-V"])
+            .arg(format!("-D{variant}"))
+            .args(["operations.comp", "-o"])
+            .arg(&made)
+            .current_dir(kernels)
+            .output();
+        let Ok(output) = compiler else {
+            skip!("there is no glslangValidator (Debian's package glslang-tools)");
+        };
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stdout)
+        );
+        let bytes = std::fs::read(&made).unwrap();
+        std::fs::remove_file(&made).unwrap();
+        // Another version of the compiler may write something else; the tests then
+        // still test what is committed.
+        if bytes != committed && bytes[8..12] == committed[8..12] {
+            panic!("operations-{variant}.spv is not what its source says: run build.sh");
+        }
+    }
+}
