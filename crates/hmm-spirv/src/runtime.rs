@@ -1,0 +1,491 @@
+//! The variables and functions that instrumented code uses.
+
+use rspirv::spirv::Op;
+
+use crate::build::{Code, Fresh, Gen, halves};
+use crate::contract::{Variant, control, table};
+use crate::module::{Function, Inst};
+
+/// Translations that a kernel keeps at a time. More pointers share.
+const MAX_SLOTS: usize = 16;
+/// Rounds of loops that an invocation does before it looks whether it is to stop.
+const FUEL: u32 = 1 << 16;
+
+/// What an access does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Kind {
+    Read,
+    Write,
+}
+
+impl Kind {
+    const fn bit(self) -> u64 {
+        match self {
+            Self::Read => table::READABLE,
+            Self::Write => table::WRITABLE,
+        }
+    }
+}
+
+/// A register TLB entry: Private variables for one pointer.
+#[derive(Clone, Copy, Debug)]
+struct Slot {
+    /// Start of the page that may be read; odd = none.
+    read: u32,
+    /// Start of the page that may be written; odd = none.
+    write: u32,
+    /// Which bits of an address belong to the page's start.
+    mask: u32,
+    /// What to add to an address in the page.
+    delta: u32,
+}
+
+/// The variables of a kernel's instrumentation.
+#[derive(Debug)]
+pub(crate) struct Runtime {
+    pub(crate) variant: Variant,
+    /// The control block's address.
+    pub(crate) control: u32,
+    /// Control block values that are read once: by the offset there.
+    uniform: Vec<(u64, u32)>,
+    slots: Vec<Slot>,
+    /// Whether the invocation has given up.
+    pub(crate) dead: u32,
+    /// Whether it gave up for a miss.
+    pub(crate) missed: u32,
+    /// The access that missed, as it is logged.
+    pub(crate) fault: u32,
+    /// Whether it has written.
+    pub(crate) wrote: u32,
+    fuel: u32,
+    fuel_fn: u32,
+    translate_fns: Vec<((Kind, usize), u32)>,
+    /// All variables, for the entry point's interface.
+    pub(crate) variables: Vec<u32>,
+    /// The functions that were needed.
+    pub(crate) functions: Vec<Function>,
+}
+
+impl Runtime {
+    pub(crate) fn new(build: &mut Gen, variant: Variant) -> Self {
+        let ulong = build.ulong();
+        let [low, high] = halves(0);
+        let address = build.global(Op::SpecConstant, ulong, &[low, high]);
+        let (long_0, no) = (build.long(0), build.flag(false));
+        let (uint, bool) = (build.uint(), build.bool());
+        let mut variables = Vec::new();
+        let mut variable = |build: &mut Gen, ty, value| {
+            let id = build.private(ty, value);
+            variables.push(id);
+            id
+        };
+        let fields: &[u64] = match variant {
+            Variant::Delta => &[control::DELTA],
+            Variant::Masked => &[control::MASK, control::BASE],
+            Variant::Table | Variant::Checked | Variant::Stall => &[control::TABLE],
+        };
+        let uniform = fields
+            .iter()
+            .map(|&offset| (offset, variable(build, ulong, long_0)))
+            .collect();
+        let mut runtime = Self {
+            variant,
+            control: address,
+            uniform,
+            slots: Vec::new(),
+            dead: 0,
+            missed: 0,
+            fault: 0,
+            wrote: 0,
+            fuel: 0,
+            fuel_fn: 0,
+            translate_fns: Vec::new(),
+            variables: Vec::new(),
+            functions: Vec::new(),
+        };
+        if variant.faults() {
+            let fuel = build.word(FUEL);
+            runtime.dead = variable(build, bool, no);
+            runtime.missed = variable(build, bool, no);
+            runtime.wrote = variable(build, bool, no);
+            runtime.fault = variable(build, ulong, long_0);
+            runtime.fuel = variable(build, uint, fuel);
+        }
+        runtime.variables = variables;
+        runtime
+    }
+
+    /// Address of a field of the control block.
+    pub(crate) fn field(&self, code: &mut Code<'_>, offset: u64) -> u32 {
+        code.long_with(Op::IAdd, self.control, offset)
+    }
+
+    /// Reads once what all accesses need.
+    pub(crate) fn prologue(&self, code: &mut Code<'_>) {
+        for &(offset, variable) in &self.uniform {
+            let address = self.field(code, offset);
+            let value = code.read_long(address, Fresh::No);
+            code.set(variable, value);
+        }
+    }
+
+    fn uniform(&self, code: &mut Code<'_>, offset: u64) -> u32 {
+        let ulong = code.build.ulong();
+        let found = self.uniform.iter().find(|(field, _)| *field == offset);
+        let (_, variable) = found.expect("a field of this variant");
+        code.get(ulong, *variable)
+    }
+
+    /// The device address for an address. Where [`Variant::faults`], the
+    /// invocation may have given up instead: see [`dead`](Self::is_dead).
+    pub(crate) fn translate(
+        &mut self,
+        code: &mut Code<'_>,
+        address: u32,
+        kind: Kind,
+        slot: usize,
+    ) -> u32 {
+        match self.variant {
+            Variant::Delta => {
+                let delta = self.uniform(code, control::DELTA);
+                code.long(Op::IAdd, address, delta)
+            }
+            Variant::Masked => {
+                let mask = self.uniform(code, control::MASK);
+                let base = self.uniform(code, control::BASE);
+                let offset = code.long(Op::BitwiseAnd, address, mask);
+                code.long(Op::IAdd, base, offset)
+            }
+            Variant::Table => {
+                let entry = self.walk(code, address, Fresh::No);
+                place(code, entry, address)
+            }
+            Variant::Checked | Variant::Stall => {
+                let ulong = code.build.ulong();
+                let function = self.translate_fn(code.build, kind, slot % MAX_SLOTS);
+                code.op(Op::FunctionCall, ulong, &[function, address])
+            }
+        }
+    }
+
+    /// Whether the invocation has given up.
+    pub(crate) fn is_dead(&self, code: &mut Code<'_>) -> u32 {
+        let bool = code.build.bool();
+        code.get(bool, self.dead)
+    }
+
+    /// Where the table's leaf for an address lies.
+    fn leaf(&self, code: &mut Code<'_>, address: u32, fresh: Fresh) -> u32 {
+        let root = self.uniform(code, control::TABLE);
+        let uint = code.build.uint();
+        // Half of the words are compared at half of the price.
+        let high = code.long_with(Op::ShiftRightLogical, address, 32);
+        let high = code.low_word(high);
+        let last = code.build.word(1 << 15);
+        let inside = code.test(Op::ULessThan, &[high, last]);
+        let index = code.long_with(Op::ShiftRightLogical, address, u64::from(table::ROOT_SHIFT));
+        let index = code.low_word(index);
+        let beyond = code.build.word(1 << 17);
+        let index = code.op(Op::Select, uint, &[inside, index, beyond]);
+        let index = code.widen(index);
+        let offset = code.long_with(Op::ShiftLeftLogical, index, 3);
+        let at = code.long(Op::IAdd, root, offset);
+        code.read_long(at, fresh)
+    }
+
+    /// The table's entry for an address.
+    fn walk(&self, code: &mut Code<'_>, address: u32, fresh: Fresh) -> u32 {
+        let leaf = self.leaf(code, address, fresh);
+        let shift = u64::from(table::PAGE_SHIFT) - 3;
+        let offset = code.long_with(Op::ShiftRightLogical, address, shift);
+        let offset = code.long_with(Op::BitwiseAnd, offset, (table::LEAF_ENTRIES - 1) << 3);
+        let at = code.long(Op::IAdd, leaf, offset);
+        code.read_long(at, fresh)
+    }
+
+    /// A function of one address that returns what `body` leaves.
+    fn function(
+        &mut self,
+        build: &mut Gen,
+        body: impl FnOnce(&mut Self, &mut Code<'_>, u32) -> u32,
+    ) -> u32 {
+        let ulong = build.ulong();
+        let ty = build.shared(Op::TypeFunction, 0, &[ulong, ulong]);
+        let [id, param, label] = [(); 3].map(|()| build.id());
+        let mut code = Code::new(build, label);
+        let value = body(self, &mut code, param);
+        code.act(Op::ReturnValue, &[value]);
+        self.functions.push(Function {
+            def: Inst::new(Op::Function, ulong, id, [0, ty]),
+            params: vec![Inst::new(Op::FunctionParameter, ulong, param, [])],
+            blocks: code.finish(),
+        });
+        id
+    }
+
+    fn translate_fn(&mut self, build: &mut Gen, kind: Kind, slot: usize) -> u32 {
+        let slot = if self.variant == Variant::Stall { 0 } else { slot };
+        let key = (kind, slot);
+        if let Some((_, id)) = self.translate_fns.iter().find(|(it, _)| *it == key) {
+            return *id;
+        }
+        let id = if self.variant == Variant::Stall {
+            self.function(build, |it, code, address| it.stalling(code, address, kind))
+        } else {
+            let slot = self.slot(build, slot);
+            self.function(build, |it, code, address| {
+                it.checked(code, address, kind, slot)
+            })
+        };
+        self.translate_fns.push((key, id));
+        id
+    }
+
+    fn slot(&mut self, build: &mut Gen, slot: usize) -> Slot {
+        let (ulong, none, zero) = (build.ulong(), build.long(1), build.long(0));
+        while self.slots.len() <= slot {
+            let new = Slot {
+                read: build.private(ulong, none),
+                write: build.private(ulong, none),
+                mask: build.private(ulong, zero),
+                delta: build.private(ulong, zero),
+            };
+            self.variables
+                .extend([new.read, new.write, new.mask, new.delta]);
+            self.slots.push(new);
+        }
+        self.slots[slot]
+    }
+
+    /// Looks into the slot first; fills it, or gives up.
+    fn checked(&self, code: &mut Code<'_>, address: u32, kind: Kind, slot: Slot) -> u32 {
+        let (ulong, yes) = (code.build.ulong(), code.build.flag(true));
+        let tag = match kind {
+            Kind::Read => slot.read,
+            Kind::Write => slot.write,
+        };
+        let mask = code.get(ulong, slot.mask);
+        let tag = code.get(ulong, tag);
+        let page = code.long(Op::BitwiseAnd, address, mask);
+        let miss = code.test(Op::INotEqual, &[page, tag]);
+        code.rarely(miss, |code| {
+            let entry = self.walk(code, address, Fresh::No);
+            let wide = code.has_bit(entry, table::WIDE);
+            let (small, large) = (code.build.long(!0xfff), code.build.long(!0xffff));
+            let mask = code.op(Op::Select, ulong, &[wide, large, small]);
+            let page = code.long(Op::BitwiseAnd, address, mask);
+            let none = code.build.long(1);
+            for (tag, kind) in [(slot.read, Kind::Read), (slot.write, Kind::Write)] {
+                let allowed = code.has_bit(entry, kind.bit());
+                let page = code.op(Op::Select, ulong, &[allowed, page, none]);
+                code.set(tag, page);
+            }
+            code.set(slot.mask, mask);
+            let frame = code.long_with(Op::BitwiseAnd, entry, !0xfff);
+            let start = code.long_with(Op::BitwiseAnd, address, !0xfff);
+            let delta = code.long(Op::ISub, frame, start);
+            code.set(slot.delta, delta);
+            let allowed = code.has_bit(entry, kind.bit());
+            let refused = code.test(Op::LogicalNot, &[allowed]);
+            code.rarely(refused, |code| {
+                code.set(self.dead, yes);
+                code.set(self.missed, yes);
+                let fault = logged(code, address, kind);
+                code.set(self.fault, fault);
+            });
+        });
+        let delta = code.get(ulong, slot.delta);
+        code.long(Op::IAdd, address, delta)
+    }
+
+    /// Asks the table until no invocation of the subgroup misses.
+    fn stalling(&self, code: &mut Code<'_>, address: u32, kind: Kind) -> u32 {
+        let ulong = code.build.ulong();
+        let entry = code.local(ulong);
+        code.until(|code| {
+            let found = self.walk(code, address, Fresh::Yes);
+            code.set(entry, found);
+            let valid = code.has_bit(found, kind.bit());
+            let dead = self.is_dead(code);
+            let settled = code.test(Op::LogicalOr, &[valid, dead]);
+            let waits = code.test(Op::LogicalNot, &[settled]);
+            code.rarely(waits, |code| self.park(code, address, kind));
+            all(code, settled)
+        });
+        let entry = code.get(ulong, entry);
+        place(code, entry, address)
+    }
+
+    /// Logs a miss and polls until the page is there and no unmap waits.
+    fn park(&self, code: &mut Code<'_>, address: u32, kind: Kind) {
+        let (uint, bool) = (code.build.uint(), code.build.bool());
+        let (no, yes, zero) = (
+            code.build.flag(false),
+            code.build.flag(true),
+            code.build.word(0),
+        );
+        let fault = logged(code, address, kind);
+        self.report(code, fault);
+        let leader = elect(code);
+        let gave_up = code.local(bool);
+        let polls = code.local(uint);
+        let left = code.local(bool);
+        let [one, minus_one] = [code.build.word(1), code.build.word(u32::MAX)];
+        let parked = self.field(code, control::PARKED);
+        let yields = self.field(code, control::YIELD);
+        let stop = self.field(code, control::STOP);
+        let bound = self.field(code, control::STALL_POLLS);
+        let bound = code.read_word(bound, Fresh::No);
+        code.set(gave_up, no);
+        code.set(polls, zero);
+        code.set(left, no);
+        code.rarely(leader, |code| {
+            code.atomic(Op::AtomicIAdd, parked, one);
+        });
+        code.until(|code| {
+            code.fence();
+            let found = self.walk(code, address, Fresh::Yes);
+            let valid = code.has_bit(found, kind.bit());
+            let waiting = code.read_word(yields, Fresh::Yes);
+            let calm = code.test(Op::IEqual, &[waiting, zero]);
+            let served = code.test(Op::LogicalAnd, &[valid, calm]);
+            let stop = code.read_word(stop, Fresh::Yes);
+            let stopped = code.test(Op::INotEqual, &[stop, zero]);
+            let count = code.get(uint, polls);
+            let count = code.word(Op::IAdd, count, one);
+            code.set(polls, count);
+            let over = code.test(Op::UGreaterThanEqual, &[count, bound]);
+            let stopped = code.test(Op::LogicalOr, &[stopped, over]);
+            let before = code.get(bool, gave_up);
+            let stopped = code.test(Op::LogicalOr, &[stopped, before]);
+            // Who is served already must not give up with the others.
+            let unserved = code.test(Op::LogicalNot, &[served]);
+            let given_up = code.test(Op::LogicalAnd, &[stopped, unserved]);
+            code.set(gave_up, given_up);
+            let ready = code.test(Op::LogicalOr, &[served, stopped]);
+            let ready = all(code, ready);
+            code.set(left, ready);
+            code.rarely(ready, |code| {
+                code.rarely(leader, |code| {
+                    code.atomic(Op::AtomicIAdd, parked, minus_one);
+                });
+                code.fence();
+                let waiting = code.read_word(yields, Fresh::Yes);
+                let calm = code.test(Op::IEqual, &[waiting, zero]);
+                let leave = code.test(Op::LogicalOr, &[calm, stopped]);
+                let leave = all(code, leave);
+                code.set(left, leave);
+                let back = code.test(Op::LogicalNot, &[leave]);
+                code.rarely(back, |code| {
+                    code.rarely(leader, |code| {
+                        code.atomic(Op::AtomicIAdd, parked, one);
+                    });
+                });
+            });
+            code.get(bool, left)
+        });
+        let gave_up = code.get(bool, gave_up);
+        code.rarely(gave_up, |code| code.set(self.dead, yes));
+    }
+
+    /// Writes a fault to the log, unless it is there.
+    pub(crate) fn report(&self, code: &mut Code<'_>, fault: u32) {
+        let one = code.build.word(1);
+        let leaf = self.leaf(code, fault, Fresh::No);
+        // Bit 2 * page + access of the leaf's wanted bits.
+        let page = code.long_with(Op::ShiftRightLogical, fault, u64::from(table::PAGE_SHIFT) - 1);
+        let page = code.low_word(page);
+        let page = code.word_with(Op::BitwiseAnd, page, 2 * leaf_entries() - 2);
+        let access = code.low_word(fault);
+        let access = code.word(Op::BitwiseAnd, access, one);
+        let bit = code.word(Op::BitwiseOr, page, access);
+        let word = code.word_with(Op::ShiftRightLogical, bit, 5);
+        let word = code.widen(word);
+        let offset = code.long_with(Op::ShiftLeftLogical, word, 2);
+        let offset = code.long_with(Op::IAdd, offset, table::WANTED);
+        let at = code.long(Op::IAdd, leaf, offset);
+        let shift = code.word_with(Op::BitwiseAnd, bit, 31);
+        let bit = code.word(Op::ShiftLeftLogical, one, shift);
+        let before = code.atomic(Op::AtomicOr, at, bit);
+        let zero = code.build.word(0);
+        let before = code.word(Op::BitwiseAnd, before, bit);
+        let first = code.test(Op::IEqual, &[before, zero]);
+        code.rarely(first, |code| {
+            let count = self.field(code, control::LOG_COUNT);
+            let index = code.atomic(Op::AtomicIAdd, count, one);
+            let capacity = self.field(code, control::LOG_CAPACITY);
+            let capacity = code.read_word(capacity, Fresh::No);
+            let fits = code.test(Op::ULessThan, &[index, capacity]);
+            code.rarely(fits, |code| {
+                let log = self.field(code, control::LOG);
+                let log = code.read_long(log, Fresh::No);
+                let index = code.widen(index);
+                let offset = code.long_with(Op::ShiftLeftLogical, index, 3);
+                let at = code.long(Op::IAdd, log, offset);
+                code.write_long(at, fault);
+            });
+        });
+    }
+
+    /// Whether a loop must be left because the host wants it to stop.
+    pub(crate) fn burn(&mut self, code: &mut Code<'_>) -> u32 {
+        let ulong = code.build.ulong();
+        if self.fuel_fn == 0 {
+            self.fuel_fn = self.function(code.build, Self::burning);
+        }
+        let stop = self.field(code, control::STOP);
+        code.op(Op::FunctionCall, ulong, &[self.fuel_fn, stop]);
+        self.is_dead(code)
+    }
+
+    fn burning(&mut self, code: &mut Code<'_>, stop: u32) -> u32 {
+        let (uint, zero) = (code.build.uint(), code.build.word(0));
+        let left = code.get(uint, self.fuel);
+        let left = code.word_with(Op::ISub, left, 1);
+        code.set(self.fuel, left);
+        let empty = code.test(Op::IEqual, &[left, zero]);
+        code.rarely(empty, |code| {
+            let full = code.build.word(FUEL);
+            code.set(self.fuel, full);
+            let stop = code.read_word(stop, Fresh::Yes);
+            let stopped = code.test(Op::INotEqual, &[stop, zero]);
+            code.rarely(stopped, |code| {
+                let yes = code.build.flag(true);
+                code.set(self.dead, yes);
+            });
+        });
+        stop
+    }
+}
+
+const fn leaf_entries() -> u32 {
+    1 << 18
+}
+const _: () = assert!(table::LEAF_ENTRIES == leaf_entries() as u64);
+
+/// Where an address lies, by its table entry.
+fn place(code: &mut Code<'_>, entry: u32, address: u32) -> u32 {
+    let frame = code.long_with(Op::BitwiseAnd, entry, !0xfff);
+    let offset = code.long_with(Op::BitwiseAnd, address, 0xfff);
+    code.long(Op::BitwiseOr, frame, offset)
+}
+
+/// A fault as it is logged: the address with the access in bit 0.
+fn logged(code: &mut Code<'_>, address: u32, kind: Kind) -> u32 {
+    match kind {
+        Kind::Read => code.long_with(Op::BitwiseAnd, address, !1),
+        Kind::Write => code.long_with(Op::BitwiseOr, address, 1),
+    }
+}
+
+/// Whether something holds in every active invocation of the subgroup.
+fn all(code: &mut Code<'_>, condition: u32) -> u32 {
+    let subgroup = code.build.word(3);
+    code.test(Op::GroupNonUniformAll, &[subgroup, condition])
+}
+
+/// Whether this is the invocation that acts for its subgroup.
+pub(crate) fn elect(code: &mut Code<'_>) -> u32 {
+    let subgroup = code.build.word(3);
+    code.test(Op::GroupNonUniformElect, &[subgroup])
+}

@@ -1,0 +1,17 @@
+#version 460
+#extension GL_EXT_buffer_reference2 : require
+#extension GL_EXT_scalar_block_layout : require
+#extension GL_EXT_shader_explicit_arithmetic_types : require
+#extension GL_EXT_shader_explicit_arithmetic_types_int64 : require
+// Every invocation adds up a run of elements and writes the sum.
+layout(local_size_x = 64) in;
+layout(buffer_reference, scalar, buffer_reference_align = 4) buffer Words { uint at[]; };
+layout(push_constant, scalar) uniform Args { Words data; Words sums; uint run; } args;
+void main() {
+    uint first = gl_GlobalInvocationID.x * args.run;
+    uint sum = 0;
+    for (uint i = 0; i < args.run; i++) {
+        sum += args.data.at[first + i];
+    }
+    args.sums.at[gl_GlobalInvocationID.x] = sum;
+}
