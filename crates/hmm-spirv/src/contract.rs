@@ -39,9 +39,11 @@ pub mod control {
     pub const STOP: u64 = 0;
     /// Host: unmaps that wait; who is parked stays parked.
     pub const YIELD: u64 = 4;
-    /// Kernel: entries that it wanted to log; may exceed [`LOG_CAPACITY`].
+    /// Kernel: entries that it wanted to log so far, which wraps around. An entry
+    /// is written at its number modulo [`LOG_CAPACITY`], or nowhere if
+    /// [`LOG_SERVED`] was that far behind.
     pub const LOG_COUNT: u64 = 8;
-    /// Host: entries that the log has room for.
+    /// Host: entries that the log has room for, a power of two.
     pub const LOG_CAPACITY: u64 = 12;
     /// Kernel: subgroups that have begun and not ended (stall).
     pub const ACTIVE: u64 = 16;
@@ -65,6 +67,9 @@ pub mod control {
     pub const BASE: u64 = 72;
     /// Host, 3 x `u32`: what vkCmdDispatchBase added.
     pub const BASE_GROUP: u64 = 80;
+    /// Host: entries of the log that it has served. It writes `!0` over them
+    /// first, so that what is not yet written shows.
+    pub const LOG_SERVED: u64 = 92;
     /// Host, 3 x `u32`: workgroups of the whole launch.
     pub const GROUPS: u64 = 96;
     /// Host, 3 x `u32`: workgroups of this dispatch.

@@ -10,6 +10,8 @@ use crate::module::{Function, Inst};
 const MAX_SLOTS: usize = 16;
 /// Rounds of loops that an invocation does before it looks whether it is to stop.
 const FUEL: u32 = 1 << 16;
+/// Polls of a stall after which a page is asked for again; a power of two.
+const ASK_AGAIN: u32 = 1 << 10;
 
 /// What an access does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -354,6 +356,12 @@ impl Runtime {
             let count = code.get(uint, polls);
             let count = code.word(Op::IAdd, count, one);
             code.set(polls, count);
+            // The page may have come and gone since it was asked for.
+            let now_and_then = code.word_with(Op::BitwiseAnd, count, ASK_AGAIN - 1);
+            let asks = code.test(Op::IEqual, &[now_and_then, zero]);
+            let misses = code.test(Op::LogicalNot, &[valid]);
+            let asks = code.test(Op::LogicalAnd, &[asks, misses]);
+            code.rarely(asks, |code| self.report(code, fault));
             let over = code.test(Op::UGreaterThanEqual, &[count, bound]);
             let stopped = code.test(Op::LogicalOr, &[stopped, over]);
             let before = code.get(bool, gave_up);
@@ -391,7 +399,7 @@ impl Runtime {
     /// Writes a fault to the log, unless it is there.
     pub(crate) fn report(&self, code: &mut Code<'_>, fault: u32) {
         let one = code.build.word(1);
-        let leaf = self.leaf(code, fault, Fresh::No);
+        let leaf = self.leaf(code, fault, Fresh::Yes);
         // Bit 2 * page + access of the leaf's wanted bits.
         let page = code.long_with(Op::ShiftRightLogical, fault, u64::from(table::PAGE_SHIFT) - 1);
         let page = code.low_word(page);
@@ -415,10 +423,15 @@ impl Runtime {
             let index = code.atomic(Op::AtomicIAdd, count, one);
             let capacity = self.field(code, control::LOG_CAPACITY);
             let capacity = code.read_word(capacity, Fresh::No);
-            let fits = code.test(Op::ULessThan, &[index, capacity]);
+            let served = self.field(code, control::LOG_SERVED);
+            let served = code.read_word(served, Fresh::Yes);
+            let waiting = code.word(Op::ISub, index, served);
+            let fits = code.test(Op::ULessThan, &[waiting, capacity]);
             code.rarely(fits, |code| {
                 let log = self.field(code, control::LOG);
                 let log = code.read_long(log, Fresh::No);
+                let last = code.word(Op::ISub, capacity, one);
+                let index = code.word(Op::BitwiseAnd, index, last);
                 let index = code.widen(index);
                 let offset = code.long_with(Op::ShiftLeftLogical, index, 3);
                 let at = code.long(Op::IAdd, log, offset);

@@ -65,6 +65,9 @@ impl Types {
         }
         for inst in &module.preamble {
             types.define(inst, &strides);
+        }
+        // Members may be pointers of types that are declared later.
+        for inst in &module.preamble {
             if let Some(size) = types.measure(inst.id) {
                 types.sizes.insert(inst.id, size);
             }
