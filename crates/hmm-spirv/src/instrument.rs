@@ -45,7 +45,7 @@ pub struct Instrumented {
 /// Why the module is refused, for this variant or for all.
 pub fn instrument(words: &[u32], options: Options) -> Result<Instrumented, SpirvError> {
     let mut module = read(words)?;
-    let types = Types::new(&module);
+    let mut types = Types::new(&module);
     check::check(&module, &types)?;
     let info = analyse::info(&module, &types)?;
     let variant = options.variant;
@@ -62,7 +62,7 @@ pub fn instrument(words: &[u32], options: Options) -> Result<Instrumented, Spirv
     };
     let mut build = Gen::new(&module);
     let mut runtime = Runtime::new(&mut build, variant);
-    let mut rewriter = Rewriter::new(&mut build, &mut runtime, &types, &leaving);
+    let mut rewriter = Rewriter::new(&mut build, &mut runtime, &mut types, &leaving);
     module.functions = std::mem::take(&mut module.functions)
         .into_iter()
         .map(|function| rewriter.function(function))

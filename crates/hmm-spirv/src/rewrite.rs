@@ -19,7 +19,7 @@ use crate::{build::Gen, contract::Variant};
 pub(crate) struct Rewriter<'a> {
     pub(crate) build: &'a mut Gen,
     pub(crate) runtime: &'a mut Runtime,
-    pub(crate) types: &'a Types,
+    pub(crate) types: &'a mut Types,
     /// Functions in which an invocation may give up.
     pub(crate) leaving: &'a std::collections::HashSet<u32>,
     /// Ids that are copies of others: the original and the copy.
@@ -32,7 +32,7 @@ impl<'a> Rewriter<'a> {
     pub(crate) fn new(
         build: &'a mut Gen,
         runtime: &'a mut Runtime,
-        types: &'a Types,
+        types: &'a mut Types,
         leaving: &'a std::collections::HashSet<u32>,
     ) -> Self {
         Self {
@@ -48,17 +48,22 @@ impl<'a> Rewriter<'a> {
     /// Rewrites one function. Returns it unchanged where nothing is to be done.
     pub(crate) fn function(&mut self, mut function: Function) -> Result<Function, SpirvError> {
         let faults = self.runtime.variant.faults();
-        let origins = function.clone();
-        let origins = Origins::new(&origins, self.types);
+        let unchanged = function.clone();
         let mut rounds = std::collections::HashSet::new();
         if faults {
-            let (types, leaving) = (self.types, self.leaving);
+            let (types, leaving) = (&*self.types, self.leaving);
             let may_leave = |inst: &Inst| {
                 physical_access(inst, types).is_some()
                     || (inst.op == Op::FunctionCall && leaving.contains(&inst.args[0]))
             };
+            let before = self.copied.len();
             rounds = structure::make_room(&mut function, self.build, &mut self.copied, &may_leave)?;
+            for &(old, new) in &self.copied[before..] {
+                self.types.copy(old, new);
+            }
         }
+        let types = &*self.types;
+        let origins = Origins::new(&unchanged, types);
         // Copies come from where their originals came from.
         let original: HashMap<u32, u32> = self.copied.iter().map(|&(old, new)| (new, old)).collect();
         let mut moved = HashMap::new();
@@ -67,7 +72,7 @@ impl<'a> Rewriter<'a> {
             let mut code = Code::new(self.build, label);
             let mut site = Site {
                 runtime: self.runtime,
-                types: self.types,
+                types,
                 result: function.def.ty,
             };
             if rounds.contains(&label) {
@@ -75,8 +80,7 @@ impl<'a> Rewriter<'a> {
                 site.leave(&mut code, out);
             }
             for inst in body {
-                if let Some((pointer, kind)) = physical_access(&inst, self.types) {
-                    let pointer = original.get(&pointer).copied().unwrap_or(pointer);
+                if let Some((pointer, kind)) = physical_access(&inst, types) {
                     let mut at = pointer;
                     while let Some(&old) = original.get(&at) {
                         at = old;

@@ -165,6 +165,13 @@ impl Types {
         self.types.get(&ty).unwrap_or(&Type::Other)
     }
 
+    /// Value `new` is a copy of `old`.
+    pub(crate) fn copy(&mut self, old: u32, new: u32) {
+        if let Some(&ty) = self.of.get(&old) {
+            self.of.insert(new, ty);
+        }
+    }
+
     /// What a value's type is.
     pub(crate) fn of_value(&self, id: u32) -> &Type {
         self.of.get(&id).map_or(&Type::Other, |&ty| self.get(ty))

@@ -364,7 +364,7 @@ impl Host {
         while !self.gpu.has_ended(&running) {
             let served = self.serve_log();
             report.faults += served;
-            if served > 0 && self.evict && report.evictions < 400 && report.faults % 3 == 0 {
+            if served > 0 && self.evict && report.evictions < 200 {
                 report.evictions += u64::from(self.evict_some());
             }
             if self.stop_after.is_some_and(|after| start.elapsed() > after) {
