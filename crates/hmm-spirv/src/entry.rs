@@ -84,6 +84,7 @@ pub(crate) fn wrap(
     build: &mut Gen,
     runtime: &mut Runtime,
     types: &Types,
+    writes: bool,
 ) -> Result<Vec<Inst>, SpirvError> {
     let mut builtins = Builtins::new(module);
     let groups = private_groups(module, build)?;
@@ -105,6 +106,7 @@ pub(crate) fn wrap(
             builtins: &mut builtins,
             size,
             groups,
+            writes,
         };
         let function = wrapper.function(build, entry)?;
         wrappers.insert(entry, function.def.id);
@@ -212,6 +214,8 @@ struct Wrapper<'a> {
     builtins: &'a mut Builtins,
     size: Size,
     groups: Option<u32>,
+    /// Whether the module writes to memory at all.
+    writes: bool,
 }
 
 impl Wrapper<'_> {
@@ -300,8 +304,14 @@ impl Wrapper<'_> {
         });
         let unfinished = self.runtime.field(code, control::UNFINISHED);
         code.atomic(Op::AtomicIAdd, unfinished, one);
-        let wrote = code.get(bool, self.runtime.wrote);
-        code.rarely(wrote, |code| {
+        // A checked invocation that missed is run again, and the kernel was found
+        // or promised to bear that. One that was stopped is torn if it can write.
+        let torn = match self.runtime.variant {
+            Variant::Stall => code.get(bool, self.runtime.wrote),
+            _ if self.writes => code.test(Op::LogicalNot, &[missed]),
+            _ => return,
+        };
+        code.rarely(torn, |code| {
             let torn = self.runtime.field(code, control::TORN);
             code.atomic(Op::AtomicIAdd, torn, one);
         });

@@ -60,6 +60,11 @@ pub fn instrument(words: &[u32], options: Options) -> Result<Instrumented, Spirv
     } else {
         HashSet::new()
     };
+    let writes = module
+        .functions
+        .iter()
+        .flat_map(|it| it.insts())
+        .any(|it| reach::writes(it, &types));
     let mut build = Gen::new(&module);
     let mut runtime = Runtime::new(&mut build, variant);
     let mut rewriter = Rewriter::new(&mut build, &mut runtime, &mut types, &leaving);
@@ -69,7 +74,7 @@ pub fn instrument(words: &[u32], options: Options) -> Result<Instrumented, Spirv
         .collect::<Result<_, _>>()?;
     let copied = std::mem::take(&mut rewriter.copied);
     decorate_copies(&mut module, &copied);
-    let mut decorations = entry::wrap(&mut module, &mut build, &mut runtime, &types)?;
+    let mut decorations = entry::wrap(&mut module, &mut build, &mut runtime, &types, writes)?;
     module.functions.append(&mut runtime.functions);
     let spec = [runtime.control, Decoration::SpecId as u32, options.control_spec_id];
     decorations.push(Inst::plain(Op::Decorate, spec));

@@ -76,8 +76,7 @@ impl<'a> Rewriter<'a> {
                 result: function.def.ty,
             };
             if rounds.contains(&label) {
-                let out = site.runtime.burn(&mut code);
-                site.leave(&mut code, out);
+                site.runtime.burn(&mut code, function.def.ty);
             }
             for inst in body {
                 if let Some((pointer, kind)) = physical_access(&inst, types) {
@@ -96,8 +95,7 @@ impl<'a> Rewriter<'a> {
                     site.note_write(&mut code, &inst);
                     code.push(inst);
                     if calls {
-                        let dead = site.runtime.is_dead(&mut code);
-                        site.leave(&mut code, dead);
+                        site.runtime.leave_if_dead(&mut code, function.def.ty);
                     }
                 }
             }
@@ -121,23 +119,10 @@ struct Site<'a> {
 }
 
 impl Site<'_> {
-    /// Returns early where `condition` holds.
-    fn leave(&mut self, code: &mut Code<'_>, condition: u32) {
-        let result = self.result;
-        let void = code.build.void();
-        code.rarely(condition, |code| {
-            if result == void {
-                code.act(Op::Return, &[]);
-            } else {
-                let nothing = code.op(Op::Undef, result, &[]);
-                code.act(Op::ReturnValue, &[nothing]);
-            }
-        });
-    }
-
-    /// Before an instruction that is no physical access.
+    /// Notes before a write that the invocation has written. A checked invocation
+    /// need not know: see [`crate::entry`].
     fn note_write(&mut self, code: &mut Code<'_>, inst: &Inst) {
-        if self.runtime.variant.faults() && reach::writes(inst, self.types) {
+        if self.runtime.variant == Variant::Stall && reach::writes(inst, self.types) {
             let yes = code.build.flag(true);
             code.set(self.runtime.wrote, yes);
         }
@@ -187,20 +172,13 @@ impl Site<'_> {
         }
         let ulong = code.build.ulong();
         let address = code.op(Op::ConvertPtrToU, ulong, &[pointer]);
-        let place = self.runtime.translate(code, address, kind, slot);
-        if self.runtime.variant.faults() {
-            let dead = self.runtime.is_dead(code);
-            self.leave(code, dead);
-        }
+        let place = self.runtime.translate(code, address, kind, slot, self.result);
         code.op(Op::ConvertUToPtr, ty, &[place])
     }
 
     /// The access itself; what was loaded.
     fn perform(&mut self, code: &mut Code<'_>, inst: &Inst, part: &Part, pointer: u32) -> u32 {
-        if self.runtime.variant.faults() && reach::writes(inst, self.types) {
-            let yes = code.build.flag(true);
-            code.set(self.runtime.wrote, yes);
-        }
+        self.note_write(code, inst);
         let mut args = inst.args.clone();
         args[0] = pointer;
         if part.path.is_empty() {

@@ -60,8 +60,7 @@ pub(crate) struct Runtime {
     /// Whether it has written.
     pub(crate) wrote: u32,
     fuel: u32,
-    fuel_fn: u32,
-    translate_fns: Vec<((Kind, usize), u32)>,
+    stall_fns: Vec<(Kind, u32)>,
     /// All variables, for the entry point's interface.
     pub(crate) variables: Vec<u32>,
     /// The functions that were needed.
@@ -100,8 +99,7 @@ impl Runtime {
             fault: 0,
             wrote: 0,
             fuel: 0,
-            fuel_fn: 0,
-            translate_fns: Vec::new(),
+            stall_fns: Vec::new(),
             variables: Vec::new(),
             functions: Vec::new(),
         };
@@ -138,14 +136,15 @@ impl Runtime {
         code.get(ulong, *variable)
     }
 
-    /// The device address for an address. Where [`Variant::faults`], the
-    /// invocation may have given up instead: see [`dead`](Self::is_dead).
+    /// The device address for an address, in a function that returns `result`.
+    /// Where [`Variant::faults`], the function returns early on a miss.
     pub(crate) fn translate(
         &mut self,
         code: &mut Code<'_>,
         address: u32,
         kind: Kind,
         slot: usize,
+        result: u32,
     ) -> u32 {
         match self.variant {
             Variant::Delta => {
@@ -162,12 +161,25 @@ impl Runtime {
                 let entry = self.walk(code, address, Fresh::No);
                 place(code, entry, address)
             }
-            Variant::Checked | Variant::Stall => {
+            Variant::Checked => {
+                let slot = self.slot(code.build, slot % MAX_SLOTS);
+                self.checked(code, address, kind, slot, result)
+            }
+            Variant::Stall => {
                 let ulong = code.build.ulong();
-                let function = self.translate_fn(code.build, kind, slot % MAX_SLOTS);
-                code.op(Op::FunctionCall, ulong, &[function, address])
+                let function = self.stall_fn(code.build, kind);
+                let place = code.op(Op::FunctionCall, ulong, &[function, address]);
+                self.leave_if_dead(code, result);
+                place
             }
         }
+    }
+
+    /// Returns early, from a function that returns `result`, where the
+    /// invocation has given up.
+    pub(crate) fn leave_if_dead(&self, code: &mut Code<'_>, result: u32) {
+        let dead = self.is_dead(code);
+        code.rarely(dead, |code| leave(code, result));
     }
 
     /// Whether the invocation has given up.
@@ -225,21 +237,12 @@ impl Runtime {
         id
     }
 
-    fn translate_fn(&mut self, build: &mut Gen, kind: Kind, slot: usize) -> u32 {
-        let slot = if self.variant == Variant::Stall { 0 } else { slot };
-        let key = (kind, slot);
-        if let Some((_, id)) = self.translate_fns.iter().find(|(it, _)| *it == key) {
+    fn stall_fn(&mut self, build: &mut Gen, kind: Kind) -> u32 {
+        if let Some((_, id)) = self.stall_fns.iter().find(|(it, _)| *it == kind) {
             return *id;
         }
-        let id = if self.variant == Variant::Stall {
-            self.function(build, |it, code, address| it.stalling(code, address, kind))
-        } else {
-            let slot = self.slot(build, slot);
-            self.function(build, |it, code, address| {
-                it.checked(code, address, kind, slot)
-            })
-        };
-        self.translate_fns.push((key, id));
+        let id = self.function(build, |it, code, address| it.stalling(code, address, kind));
+        self.stall_fns.push((kind, id));
         id
     }
 
@@ -260,7 +263,17 @@ impl Runtime {
     }
 
     /// Looks into the slot first; fills it, or gives up.
-    fn checked(&self, code: &mut Code<'_>, address: u32, kind: Kind, slot: Slot) -> u32 {
+    ///
+    /// All of the slow path, its return included, is inside of one condition: a
+    /// flag that is looked at afterwards costs as much as the look into the slot.
+    fn checked(
+        &self,
+        code: &mut Code<'_>,
+        address: u32,
+        kind: Kind,
+        slot: Slot,
+        result: u32,
+    ) -> u32 {
         let (ulong, yes) = (code.build.ulong(), code.build.flag(true));
         let tag = match kind {
             Kind::Read => slot.read,
@@ -294,6 +307,7 @@ impl Runtime {
                 code.set(self.missed, yes);
                 let fault = logged(code, address, kind);
                 code.set(self.fault, fault);
+                leave(code, result);
             });
         });
         let delta = code.get(ulong, slot.delta);
@@ -440,18 +454,9 @@ impl Runtime {
         });
     }
 
-    /// Whether a loop must be left because the host wants it to stop.
-    pub(crate) fn burn(&mut self, code: &mut Code<'_>) -> u32 {
-        let ulong = code.build.ulong();
-        if self.fuel_fn == 0 {
-            self.fuel_fn = self.function(code.build, Self::burning);
-        }
-        let stop = self.field(code, control::STOP);
-        code.op(Op::FunctionCall, ulong, &[self.fuel_fn, stop]);
-        self.is_dead(code)
-    }
-
-    fn burning(&mut self, code: &mut Code<'_>, stop: u32) -> u32 {
+    /// Once in many rounds of a loop: returns early, from a function that returns
+    /// `result`, if the host wants it to stop.
+    pub(crate) fn burn(&self, code: &mut Code<'_>, result: u32) {
         let (uint, zero) = (code.build.uint(), code.build.word(0));
         let left = code.get(uint, self.fuel);
         let left = code.word_with(Op::ISub, left, 1);
@@ -460,14 +465,25 @@ impl Runtime {
         code.rarely(empty, |code| {
             let full = code.build.word(FUEL);
             code.set(self.fuel, full);
+            let stop = self.field(code, control::STOP);
             let stop = code.read_word(stop, Fresh::Yes);
             let stopped = code.test(Op::INotEqual, &[stop, zero]);
             code.rarely(stopped, |code| {
                 let yes = code.build.flag(true);
                 code.set(self.dead, yes);
+                leave(code, result);
             });
         });
-        stop
+    }
+}
+
+/// Ends a function that returns `result` here.
+fn leave(code: &mut Code<'_>, result: u32) {
+    if result == code.build.void() {
+        code.act(Op::Return, &[]);
+    } else {
+        let nothing = code.op(Op::Undef, result, &[]);
+        code.act(Op::ReturnValue, &[nothing]);
     }
 }
 

@@ -159,7 +159,8 @@ impl Host {
         self.free = frames;
     }
 
-    fn first_frame(&self) -> u64 {
+    /// Where the device sees memory that is in one piece.
+    pub fn first_frame(&self) -> u64 {
         self.frames.address.next_multiple_of(WIDE)
     }
 
@@ -476,7 +477,7 @@ impl Host {
     }
 
     /// Prepares for [`time`](Self::time): where the memory is in one piece.
-    pub fn prepare(&mut self, variant: Option<Variant>, groups: u32) -> u64 {
+    pub fn prepare(&mut self, variant: Option<Variant>, groups: u32) {
         self.reset(groups);
         match variant {
             None | Some(Variant::Delta | Variant::Masked) => {
@@ -484,12 +485,8 @@ impl Host {
                 long(&self.control, control::DELTA).store(at.wrapping_sub(self.base), Ordering::Relaxed);
                 long(&self.control, control::MASK).store(self.home.len() as u64 - 1, Ordering::Relaxed);
                 long(&self.control, control::BASE).store(at, Ordering::Relaxed);
-                at
             }
-            _ => {
-                self.map_all();
-                0
-            }
+            _ => self.map_all(),
         }
     }
 }
