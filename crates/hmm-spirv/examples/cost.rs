@@ -26,18 +26,34 @@ struct Case {
 
 fn plain(groups: u32, args: impl Fn(u64) -> Vec<u8> + 'static) -> Case {
     let (args, relocate) = (Box::new(args), Box::new(|_: &mut Host, _| {}));
-    Case { groups, args, relocate }
+    Case {
+        groups,
+        args,
+        relocate,
+    }
 }
 
 fn increment(host: &mut Host) -> Case {
     let count = 4u32 << 20;
     let data = host.allocate(u64::from(count) * 4, 4096);
-    plain(count / 64, move |by| [&(data.wrapping_add(by)).to_le_bytes()[..], &count.to_le_bytes()].concat())
+    plain(count / 64, move |by| {
+        [
+            &(data.wrapping_add(by)).to_le_bytes()[..],
+            &count.to_le_bytes(),
+        ]
+        .concat()
+    })
 }
 
 fn contiguous(host: &mut Host) -> Case {
     let data = host.allocate(1024 * 4096 * 4, 4096);
-    plain(16, move |by| [&(data.wrapping_add(by)).to_le_bytes()[..], &4096u32.to_le_bytes()].concat())
+    plain(16, move |by| {
+        [
+            &(data.wrapping_add(by)).to_le_bytes()[..],
+            &4096u32.to_le_bytes(),
+        ]
+        .concat()
+    })
 }
 
 fn sum(host: &mut Host) -> Case {
@@ -53,7 +69,10 @@ fn saxpy(host: &mut Host) -> Case {
     let count = 1u32 << 20;
     let arrays = [(); 3].map(|()| host.allocate(u64::from(count) * 4, 4096));
     plain(16, move |by| {
-        let mut args: Vec<u8> = arrays.iter().flat_map(|it| it.wrapping_add(by).to_le_bytes()).collect();
+        let mut args: Vec<u8> = arrays
+            .iter()
+            .flat_map(|it| it.wrapping_add(by).to_le_bytes())
+            .collect();
         args.extend(3.0f32.to_le_bytes());
         args.extend(count.to_le_bytes());
         args
@@ -70,13 +89,21 @@ fn chase(host: &mut Host) -> Case {
     let mut seed = 1u64;
     for last in (1..order.len()).rev() {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        order.swap(last, usize::try_from((seed >> 33) % (last as u64 + 1)).expect("an index"));
+        order.swap(
+            last,
+            usize::try_from((seed >> 33) % (last as u64 + 1)).expect("an index"),
+        );
     }
     let relocate = move |host: &mut Host, by: u64| {
         for (chain, nodes) in (0..).zip(order.chunks(1000)) {
-            host.write_longs(heads + chain * 8, &[at.wrapping_add(nodes[0] * 16).wrapping_add(by)]);
+            host.write_longs(
+                heads + chain * 8,
+                &[at.wrapping_add(nodes[0] * 16).wrapping_add(by)],
+            );
             for (step, node) in nodes.iter().enumerate() {
-                let next = nodes.get(step + 1).map_or(0, |next| at.wrapping_add(next * 16).wrapping_add(by));
+                let next = nodes
+                    .get(step + 1)
+                    .map_or(0, |next| at.wrapping_add(next * 16).wrapping_add(by));
                 host.write_longs(at + node * 16, &[next, 1]);
             }
         }
@@ -85,14 +112,20 @@ fn chase(host: &mut Host) -> Case {
         let [heads, sums] = [heads, sums].map(|it| it.wrapping_add(by).to_le_bytes());
         [&heads[..], &sums, &512u32.to_le_bytes()].concat()
     };
-    Case { groups: 8, args: Box::new(args), relocate: Box::new(relocate) }
+    Case {
+        groups: 8,
+        args: Box::new(args),
+        relocate: Box::new(relocate),
+    }
 }
 
 fn histogram(host: &mut Host) -> Case {
     let count = 1u32 << 20;
     let data = host.allocate(u64::from(count) * 4, 4096);
     let bins = host.allocate(5000 * 4, 4096);
-    let words: Vec<u32> = (0..count).map(|it| it.wrapping_mul(2_654_435_761) >> 7).collect();
+    let words: Vec<u32> = (0..count)
+        .map(|it| it.wrapping_mul(2_654_435_761) >> 7)
+        .collect();
     host.write_words(data, &words);
     plain(count / 64, move |by| {
         let [data, bins] = [data, bins].map(|it| it.wrapping_add(by).to_le_bytes());
@@ -120,16 +153,42 @@ fn main() {
             Err(why) => return eprintln!("SKIPPED cost: {why}"),
         };
         if !named {
-            println!("{}; best of {ROUNDS}, all resident", host.gpu.name);
-            println!("{:12} {:>10} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8}", "kernel", "native", "again", "delta", "masked", "table", "checked", "4 KiB", "stall");
+            println!(
+                "{}; processor time, best of many, all resident",
+                host.gpu.name
+            );
+            println!(
+                "{:12} {:>10} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8} {:>8}",
+                "kernel",
+                "native",
+                "again",
+                "delta",
+                "masked",
+                "table",
+                "checked",
+                "4 KiB",
+                "stall"
+            );
             named = true;
         }
         let case = setup(&mut host);
         let words = kernel(name);
-        let push = hmm_spirv::analyse(&words).expect("a kernel").push_constant_bytes;
+        let push = hmm_spirv::analyse(&words)
+            .expect("a kernel")
+            .push_constant_bytes;
         let native = host.gpu.pipeline(&words, 0, push);
-        let mut row = vec![Measure { pipeline: native, variant: None, grain: Grain::Large, took: Vec::new() }];
-        row.push(Measure { pipeline: host.gpu.pipeline(&words, 0, push), variant: None, grain: Grain::Large, took: Vec::new() });
+        let mut row = vec![Measure {
+            pipeline: native,
+            variant: None,
+            grain: Grain::Large,
+            took: Vec::new(),
+        }];
+        row.push(Measure {
+            pipeline: host.gpu.pipeline(&words, 0, push),
+            variant: None,
+            grain: Grain::Large,
+            took: Vec::new(),
+        });
         for (variant, grain) in [
             (Variant::Delta, Grain::Large),
             (Variant::Masked, Grain::Large),
@@ -139,7 +198,12 @@ fn main() {
             (Variant::Stall, Grain::Large),
         ] {
             let pipeline = host.compile(&words, variant);
-            row.push(Measure { pipeline, variant: Some(variant), grain, took: Vec::new() });
+            row.push(Measure {
+                pipeline,
+                variant: Some(variant),
+                grain,
+                took: Vec::new(),
+            });
         }
         // Turn by turn: what disturbs the machine disturbs all.
         for _ in 0..ROUNDS {

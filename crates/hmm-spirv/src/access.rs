@@ -71,10 +71,15 @@ pub(crate) fn parts(inst: &Inst, types: &Types) -> Result<Vec<Part>, SpirvError>
         // Atomics are naturally aligned, or undefined everywhere.
         let align_bytes = types.size(ty).unwrap_or(0);
         let path = Vec::new();
-        return Ok(vec![Part { path, ty, align_bytes }]);
+        return Ok(vec![Part {
+            path,
+            ty,
+            align_bytes,
+        }]);
     }
     let (mask, align) = memory_operands(inst);
-    let align = align.filter(|align| mask & MemoryAccess::ALIGNED.bits() != 0 && align.is_power_of_two());
+    let align =
+        align.filter(|align| mask & MemoryAccess::ALIGNED.bits() != 0 && align.is_power_of_two());
     let Some(align) = align else {
         return Err(SpirvError::Invalid {
             op: inst.op,
@@ -82,7 +87,11 @@ pub(crate) fn parts(inst: &Inst, types: &Types) -> Result<Vec<Part>, SpirvError>
             what: "it goes through a physical pointer and has no Aligned operand",
         });
     };
-    let mut split = Split { inst, types, parts: Vec::new() };
+    let mut split = Split {
+        inst,
+        types,
+        parts: Vec::new(),
+    };
     split.value(ty, align, &mut Vec::new())?;
     Ok(split.parts)
 }
@@ -114,7 +123,11 @@ impl Split<'_> {
     fn value(&mut self, ty: u32, align: u32, path: &mut Vec<u32>) -> Result<(), SpirvError> {
         let (op, id) = (self.inst.op, self.inst.name());
         if self.parts.len() >= MAX_PARTS {
-            return Err(SpirvError::Aggregate { op, id, max: MAX_PARTS });
+            return Err(SpirvError::Aggregate {
+                op,
+                id,
+                max: MAX_PARTS,
+            });
         }
         let kind = self.types.get(ty);
         if self.types.has_row_major(ty) {
@@ -129,12 +142,26 @@ impl Split<'_> {
                 return Err(self.unsplittable(ty, "it has no size"));
             }
             let path = path.clone();
-            self.parts.push(Part { path, ty, align_bytes: align });
+            self.parts.push(Part {
+                path,
+                ty,
+                align_bytes: align,
+            });
             return Ok(());
         }
         match *kind {
-            Type::Scalar { bytes: size_bytes } => Err(SpirvError::Straddles { op, id, size_bytes, align_bytes: align }),
-            Type::Pointer { .. } => Err(SpirvError::Straddles { op, id, size_bytes: 8, align_bytes: align }),
+            Type::Scalar { bytes: size_bytes } => Err(SpirvError::Straddles {
+                op,
+                id,
+                size_bytes,
+                align_bytes: align,
+            }),
+            Type::Pointer { .. } => Err(SpirvError::Straddles {
+                op,
+                id,
+                size_bytes: 8,
+                align_bytes: align,
+            }),
             Type::Vector { component, count } => {
                 let size = self.types.size(component);
                 self.row(component, count, size, align, path)
@@ -147,9 +174,11 @@ impl Split<'_> {
                 let size = self.types.size(component);
                 self.row(column, count, size, align, path)
             }
-            Type::Array { element, count, stride } if stride > 0 => {
-                self.row(element, count, Some(stride), align, path)
-            }
+            Type::Array {
+                element,
+                count,
+                stride,
+            } if stride > 0 => self.row(element, count, Some(stride), align, path),
             Type::Struct { ref members } => {
                 for (member, &inner) in (0..).zip(members) {
                     let Some(offset) = self.types.offset(ty, member) else {
@@ -161,7 +190,9 @@ impl Split<'_> {
                 }
                 Ok(())
             }
-            Type::Array { .. } | Type::Other => Err(self.unsplittable(ty, "its layout is not known")),
+            Type::Array { .. } | Type::Other => {
+                Err(self.unsplittable(ty, "its layout is not known"))
+            }
         }
     }
 
@@ -185,7 +216,11 @@ impl Split<'_> {
 
 /// The alignment of what lies `offset` behind something aligned.
 fn common(align: u32, offset: u32) -> u32 {
-    if offset == 0 { align } else { align.min(1 << offset.trailing_zeros()) }
+    if offset == 0 {
+        align
+    } else {
+        align.min(1 << offset.trailing_zeros())
+    }
 }
 
 /// Where a function's pointers come from: accesses through pointers of one

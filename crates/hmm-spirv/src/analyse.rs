@@ -138,14 +138,17 @@ fn entry_point(module: &Module, inst: &Inst, spec_ids: &[(u32, u32)]) -> EntryPo
     let builtins = crate::entry::Builtins::new(module);
     let vector = builtins.workgroup_size.and_then(|id| globals.get(&id));
     let sizes = vector.map(|it| by_ids(&it.args)).or_else(|| {
-        module.preamble.iter().find_map(|it| match *it.args.as_slice() {
-            [id, kind, x, y, z] if id == inst.args[1] => match it.op {
-                Op::ExecutionModeId if kind == ids_mode => Some(by_ids(&[x, y, z])),
-                Op::ExecutionMode if kind == mode => Some([x, y, z].map(|size| (size, None))),
+        module
+            .preamble
+            .iter()
+            .find_map(|it| match *it.args.as_slice() {
+                [id, kind, x, y, z] if id == inst.args[1] => match it.op {
+                    Op::ExecutionModeId if kind == ids_mode => Some(by_ids(&[x, y, z])),
+                    Op::ExecutionMode if kind == mode => Some([x, y, z].map(|size| (size, None))),
+                    _ => None,
+                },
                 _ => None,
-            },
-            _ => None,
-        })
+            })
     });
     let sizes = sizes.unwrap_or([(1, None); 3]);
     let (local_size, local_size_spec_ids) = (sizes.map(|it| it.0), sizes.map(|it| it.1));

@@ -124,7 +124,11 @@ impl Gen {
     /// A variable of each invocation that starts as `value`.
     pub(crate) fn private(&mut self, ty: u32, value: u32) -> u32 {
         let pointer = self.pointer(StorageClass::Private, ty);
-        self.global(Op::Variable, pointer, &[StorageClass::Private as u32, value])
+        self.global(
+            Op::Variable,
+            pointer,
+            &[StorageClass::Private as u32, value],
+        )
     }
 }
 

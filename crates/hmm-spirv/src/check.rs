@@ -44,7 +44,10 @@ pub(crate) fn check(module: &Module, types: &Types) -> Result<(), SpirvError> {
             }
             Op::EntryPoint => {
                 if inst.args.first() != Some(&(ExecutionModel::GLCompute as u32)) {
-                    return Err(unsupported(inst, "compile compute shaders into a module of their own"));
+                    return Err(unsupported(
+                        inst,
+                        "compile compute shaders into a module of their own",
+                    ));
                 }
                 compute = true;
             }
@@ -126,33 +129,55 @@ fn global(inst: &Inst, types: &Types) -> Result<(), SpirvError> {
             | Op::TypeFunction
     );
     if !known {
-        return Err(unsupported(inst, "the pass does not know whether it reaches memory"));
+        return Err(unsupported(
+            inst,
+            "the pass does not know whether it reaches memory",
+        ));
     }
     if types.is_physical(inst.ty) && !matches!(inst.op, Op::ConstantNull | Op::Undef) {
-        return Err(unsupported(inst, "a constant or variable cannot lie in physical memory"));
+        return Err(unsupported(
+            inst,
+            "a constant or variable cannot lie in physical memory",
+        ));
     }
     Ok(())
 }
 
 fn body(inst: &Inst, types: &Types) -> Result<(), SpirvError> {
     if !is_known(inst.op) {
-        return Err(unsupported(inst, "the pass does not know whether it reaches memory"));
+        return Err(unsupported(
+            inst,
+            "the pass does not know whether it reaches memory",
+        ));
     }
-    let physical = |at: usize| inst.args.get(at).is_some_and(|&id| types.points_to_memory(id));
+    let physical = |at: usize| {
+        inst.args
+            .get(at)
+            .is_some_and(|&id| types.points_to_memory(id))
+    };
     let any = || inst.ids(false).into_iter().any(physical);
     if inst.op == Op::ExtInst {
         // Instructions of a set without semantics read nothing.
         return if any() && !types.is_inert(inst.args[0]) {
-            Err(unsupported(inst, "it takes a physical pointer; load into a variable first"))
+            Err(unsupported(
+                inst,
+                "it takes a physical pointer; load into a variable first",
+            ))
         } else {
             Ok(())
         };
     }
     if matches!(inst.op, Op::CopyMemory | Op::CopyMemorySized) && any() {
-        return Err(unsupported(inst, "it copies through a physical pointer; load and store instead"));
+        return Err(unsupported(
+            inst,
+            "it copies through a physical pointer; load and store instead",
+        ));
     }
     if matches!(inst.op, Op::PtrEqual | Op::PtrNotEqual | Op::PtrDiff) && any() {
-        return Err(unsupported(inst, "convert physical pointers to integers and compare these"));
+        return Err(unsupported(
+            inst,
+            "convert physical pointers to integers and compare these",
+        ));
     }
     if row_major_chain(inst, types) {
         return Err(unsupported(
@@ -182,7 +207,10 @@ fn body(inst: &Inst, types: &Types) -> Result<(), SpirvError> {
         || matches!(inst.op, Op::Store | Op::ConvertPtrToU | Op::ReturnValue);
     let makes = hands_on || matches!(inst.op, Op::ConvertUToPtr | Op::Undef);
     if (!takes && any()) || (!makes && types.is_physical(inst.ty)) {
-        return Err(unsupported(inst, "physical pointers are not seen through it"));
+        return Err(unsupported(
+            inst,
+            "physical pointers are not seen through it",
+        ));
     }
     Ok(())
 }
@@ -194,14 +222,16 @@ fn row_major_chain(inst: &Inst, types: &Types) -> bool {
         Op::AccessChain | Op::InBoundsAccessChain | Op::PtrAccessChain | Op::InBoundsPtrAccessChain
     );
     let pointee = |ty: Option<&u32>| ty.and_then(|&ty| types.pointee(ty));
-    let base = inst.args.first().and_then(|base| pointee(types.of.get(base)));
+    let base = inst
+        .args
+        .first()
+        .and_then(|base| pointee(types.of.get(base)));
     let result = pointee(Some(&inst.ty));
     chain
         && types.is_physical(inst.ty)
         && base.is_some_and(|ty| types.has_row_major(ty))
-        && result.is_some_and(|ty| {
-            matches!(types.get(ty), Type::Vector { .. } | Type::Matrix { .. })
-        })
+        && result
+            .is_some_and(|ty| matches!(types.get(ty), Type::Vector { .. } | Type::Matrix { .. }))
 }
 
 /// Whether the pass knows what an instruction in a function does.

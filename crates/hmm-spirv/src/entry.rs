@@ -148,12 +148,15 @@ fn group_size(module: &Module, builtins: &Builtins, entry: u32) -> Size {
         return Size::Vector(id);
     }
     let mode = |op: Op, mode: ExecutionMode| {
-        module.preamble.iter().find_map(|it| match *it.args.as_slice() {
-            [id, kind, x, y, z] if it.op == op && id == entry && kind == mode as u32 => {
-                Some([x, y, z])
-            }
-            _ => None,
-        })
+        module
+            .preamble
+            .iter()
+            .find_map(|it| match *it.args.as_slice() {
+                [id, kind, x, y, z] if it.op == op && id == entry && kind == mode as u32 => {
+                    Some([x, y, z])
+                }
+                _ => None,
+            })
     };
     mode(Op::ExecutionModeId, ExecutionMode::LocalSizeId)
         .map(Size::Ids)
@@ -176,11 +179,21 @@ fn private_groups(module: &mut Module, build: &mut Gen) -> Result<Option<u32>, S
     let pointer = build.pointer(class, uvec3);
     // It keeps its id, and moves behind its new type.
     module.preamble.retain(|it| it.id != variable);
-    build.globals.push(Inst::new(Op::Variable, pointer, variable, [class as u32]));
+    build
+        .globals
+        .push(Inst::new(Op::Variable, pointer, variable, [class as u32]));
     if module.minor() < 4 {
-        for inst in module.preamble.iter_mut().filter(|it| it.op == Op::EntryPoint) {
+        for inst in module
+            .preamble
+            .iter_mut()
+            .filter(|it| it.op == Op::EntryPoint)
+        {
             // The function's id, then the name, then the interface.
-            let name = inst.args.iter().skip(2).position(|it| it.to_le_bytes().contains(&0));
+            let name = inst
+                .args
+                .iter()
+                .skip(2)
+                .position(|it| it.to_le_bytes().contains(&0));
             let interface = name.map_or(inst.args.len(), |at| at + 3);
             let mut tail = inst.args.split_off(interface);
             tail.retain(|&it| it != variable);
@@ -339,7 +352,9 @@ impl Wrapper<'_> {
     /// Which invocation of the dispatch this is.
     fn index(&mut self, code: &mut Code<'_>) -> Result<u32, SpirvError> {
         let (uint, uvec3) = (code.build.uint(), code.build.uvec3());
-        let group = self.builtins.read(code, self.types, BuiltIn::WorkgroupId, uvec3)?;
+        let group = self
+            .builtins
+            .read(code, self.types, BuiltIn::WorkgroupId, uvec3)?;
         let local = self
             .builtins
             .read(code, self.types, BuiltIn::LocalInvocationIndex, uint)?;

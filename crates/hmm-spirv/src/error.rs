@@ -123,7 +123,9 @@ pub enum SpirvError {
         why: &'static str,
     },
     /// The id of the control block's specialisation constant is taken.
-    #[error("specialisation constant {0} is the kernel's own; choose another for the control block")]
+    #[error(
+        "specialisation constant {0} is the kernel's own; choose another for the control block"
+    )]
     SpecIdTaken(u32),
     /// The module would grow beyond what SPIR-V allows.
     #[error("the module needs more than {max} ids")]

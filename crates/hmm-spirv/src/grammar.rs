@@ -13,7 +13,9 @@ fn grammar(op: Op) -> Option<&'static Instruction<'static>> {
     let table = TABLE.get_or_init(|| {
         let mut table = HashMap::new();
         for instruction in INSTRUCTION_TABLE.iter() {
-            table.entry(instruction.opcode as u32).or_insert(instruction);
+            table
+                .entry(instruction.opcode as u32)
+                .or_insert(instruction);
         }
         table
     });

@@ -76,7 +76,11 @@ pub fn instrument(words: &[u32], options: Options) -> Result<Instrumented, Spirv
     decorate_copies(&mut module, &copied);
     let mut decorations = entry::wrap(&mut module, &mut build, &mut runtime, &types, writes)?;
     module.functions.append(&mut runtime.functions);
-    let spec = [runtime.control, Decoration::SpecId as u32, options.control_spec_id];
+    let spec = [
+        runtime.control,
+        Decoration::SpecId as u32,
+        options.control_spec_id,
+    ];
     decorations.push(Inst::plain(Op::Decorate, spec));
     let capabilities = add_capabilities(&mut module, variant);
     add_globals(&mut module, decorations, build.globals);
@@ -141,13 +145,19 @@ fn add_capabilities(module: &mut Module, variant: Variant) -> Vec<Capability> {
         }
     }
     let all = module.preamble.iter().filter(|it| it.op == Op::Capability);
-    all.filter_map(|it| Capability::from_u32(it.args[0])).collect()
+    all.filter_map(|it| Capability::from_u32(it.args[0]))
+        .collect()
 }
 
 fn add_globals(module: &mut Module, decorations: Vec<Inst>, globals: Vec<Inst>) {
     // Annotations stand before all types, and everything else before these.
-    let is_type = |it: &Inst| it.id != 0 && it.op != Op::ExtInstImport && it.op != Op::String && it.op != Op::ExtInst;
-    let first = module.preamble.iter().position(|it| is_type(it) || it.op == Op::TypeForwardPointer);
+    let is_type = |it: &Inst| {
+        it.id != 0 && it.op != Op::ExtInstImport && it.op != Op::String && it.op != Op::ExtInst
+    };
+    let first = module
+        .preamble
+        .iter()
+        .position(|it| is_type(it) || it.op == Op::TypeForwardPointer);
     let at = first.unwrap_or(module.preamble.len());
     module.preamble.splice(at..at, decorations);
     module.preamble.extend(globals);

@@ -65,7 +65,8 @@ impl<'a> Rewriter<'a> {
         let types = &*self.types;
         let origins = Origins::new(&unchanged, types);
         // Copies come from where their originals came from.
-        let original: HashMap<u32, u32> = self.copied.iter().map(|&(old, new)| (new, old)).collect();
+        let original: HashMap<u32, u32> =
+            self.copied.iter().map(|&(old, new)| (new, old)).collect();
         let mut moved = HashMap::new();
         let mut blocks = Vec::new();
         for Block { label, body } in std::mem::take(&mut function.blocks) {
@@ -159,11 +160,20 @@ impl Site<'_> {
     }
 
     /// The translated pointer to a part.
-    fn place(&mut self, code: &mut Code<'_>, inst: &Inst, part: &Part, kind: Kind, slot: usize) -> u32 {
+    fn place(
+        &mut self,
+        code: &mut Code<'_>,
+        inst: &Inst,
+        part: &Part,
+        kind: Kind,
+        slot: usize,
+    ) -> u32 {
         let mut pointer = inst.args[0];
         let mut ty = self.types.of.get(&pointer).copied().unwrap_or(0);
         if !part.path.is_empty() {
-            ty = code.build.pointer(StorageClass::PhysicalStorageBuffer, part.ty);
+            ty = code
+                .build
+                .pointer(StorageClass::PhysicalStorageBuffer, part.ty);
             let mut args = vec![pointer];
             for &index in &part.path {
                 args.push(code.build.word(index));
@@ -172,7 +182,9 @@ impl Site<'_> {
         }
         let ulong = code.build.ulong();
         let address = code.op(Op::ConvertPtrToU, ulong, &[pointer]);
-        let place = self.runtime.translate(code, address, kind, slot, self.result);
+        let place = self
+            .runtime
+            .translate(code, address, kind, slot, self.result);
         code.op(Op::ConvertUToPtr, ty, &[place])
     }
 

@@ -415,7 +415,11 @@ impl Runtime {
         let one = code.build.word(1);
         let leaf = self.leaf(code, fault, Fresh::Yes);
         // Bit 2 * page + access of the leaf's wanted bits.
-        let page = code.long_with(Op::ShiftRightLogical, fault, u64::from(table::PAGE_SHIFT) - 1);
+        let page = code.long_with(
+            Op::ShiftRightLogical,
+            fault,
+            u64::from(table::PAGE_SHIFT) - 1,
+        );
         let page = code.low_word(page);
         let page = code.word_with(Op::BitwiseAnd, page, 2 * leaf_entries() - 2);
         let access = code.low_word(fault);

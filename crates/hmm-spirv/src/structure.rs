@@ -30,7 +30,11 @@ impl Loop {
         let merge = block.merge().filter(|merge| merge.op == Op::LoopMerge)?;
         let (header, target) = (block.label, merge.args[1]);
         let merge = merge.args[0];
-        Some(Self { header, merge, target })
+        Some(Self {
+            header,
+            merge,
+            target,
+        })
     }
 
     fn error(&self, why: &'static str) -> SpirvError {
@@ -89,7 +93,10 @@ fn construct(function: &Function, found: &Loop) -> HashSet<u32> {
     let mut reached = HashSet::from([found.target]);
     let mut todo = vec![found.target];
     while let Some(label) = todo.pop() {
-        for next in by_label.get(&label).map_or_else(Vec::new, |it| it.successors()) {
+        for next in by_label
+            .get(&label)
+            .map_or_else(Vec::new, |it| it.successors())
+        {
             if next != found.header && next != found.merge && reached.insert(next) {
                 todo.push(next);
             }
@@ -133,7 +140,9 @@ fn hoist(
         }
         if let Some(&first) = continues.first() {
             let others: HashSet<u32> = continues.iter().skip(1).copied().collect();
-            keep_phis(function, found.target, |from| from == first || !others.contains(&from));
+            keep_phis(function, found.target, |from| {
+                from == first || !others.contains(&from)
+            });
         }
     }
     let merge_phis = phi_pairs(function, found.merge, &inside);
@@ -167,7 +176,9 @@ fn back_edges(
         .iter()
         .filter(|it| {
             let original = inside.contains(&it.label)
-                || copies.iter().any(|names| names.values().any(|&new| new == it.label));
+                || copies
+                    .iter()
+                    .any(|names| names.values().any(|&new| new == it.label));
             original && it.successors().contains(&found.header)
         })
         .map(|it| it.label)
@@ -185,7 +196,10 @@ fn back_edges(
                 }
             }
         }
-        let ty = function.insts().find(|it| it.id == phi).map_or(0, |it| it.ty);
+        let ty = function
+            .insts()
+            .find(|it| it.id == phi)
+            .map_or(0, |it| it.ty);
         let value = build.id();
         if args.is_empty() {
             body.push(Inst::new(Op::Undef, ty, value, []));
@@ -203,7 +217,11 @@ fn back_edges(
             *args = kept;
         });
     }
-    for block in function.blocks.iter_mut().filter(|it| backs.contains(&it.label)) {
+    for block in function
+        .blocks
+        .iter_mut()
+        .filter(|it| backs.contains(&it.label))
+    {
         let end = block.body.last_mut().expect("a terminator");
         for at in label_positions(end).collect::<Vec<_>>() {
             if end.args[at] == found.header {
@@ -223,7 +241,9 @@ fn can_go_on(function: &Function, found: &Loop, label: u32) -> Result<(), SpirvE
     };
     let selects = block.merge().is_some_and(|it| it.op == Op::SelectionMerge);
     let others = block.successors();
-    let others = others.iter().filter(|&&it| it != found.target && it != found.merge);
+    let others = others
+        .iter()
+        .filter(|&&it| it != found.target && it != found.merge);
     if !selects && others.count() > 0 {
         return Err(found.error("a conditional branch both continues it and stays in its body"));
     }
@@ -236,7 +256,12 @@ fn stays_inside(
     found: &Loop,
     inside: &HashSet<u32>,
 ) -> Result<(), SpirvError> {
-    let blocks = |is_in: bool| function.blocks.iter().filter(move |it| inside.contains(&it.label) == is_in);
+    let blocks = |is_in: bool| {
+        function
+            .blocks
+            .iter()
+            .filter(move |it| inside.contains(&it.label) == is_in)
+    };
     let defined: HashSet<u32> = blocks(true)
         .flat_map(|it| &it.body)
         .map(|it| it.id)
@@ -351,10 +376,7 @@ fn keep_phis(function: &mut Function, label: u32, keep: impl Fn(u32) -> bool) {
 }
 
 /// Moves the code of loop headers into blocks of their own.
-fn split_headers(
-    function: &mut Function,
-    build: &mut Gen,
-) -> Result<HashSet<u32>, SpirvError> {
+fn split_headers(function: &mut Function, build: &mut Gen) -> Result<HashSet<u32>, SpirvError> {
     let mut rounds = HashSet::new();
     let mut moved = HashMap::new();
     let mut blocks = Vec::with_capacity(function.blocks.len());
@@ -365,7 +387,11 @@ fn split_headers(
         };
         let end = block.terminator();
         let exits = [found.merge, found.target];
-        let stays = block.successors().iter().filter(|it| !exits.contains(it)).count();
+        let stays = block
+            .successors()
+            .iter()
+            .filter(|it| !exits.contains(it))
+            .count();
         if end.op != Op::Branch && stays > 1 {
             return Err(found.error("its header branches to two places of its body"));
         }

@@ -10,12 +10,29 @@ use crate::module::{Inst, Module};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Type {
     /// An integer or float of so many bytes.
-    Scalar { bytes: u32 },
-    Vector { component: u32, count: u32 },
-    Matrix { column: u32, count: u32 },
-    Array { element: u32, count: u32, stride: u32 },
-    Struct { members: Vec<u32> },
-    Pointer { class: u32, pointee: u32 },
+    Scalar {
+        bytes: u32,
+    },
+    Vector {
+        component: u32,
+        count: u32,
+    },
+    Matrix {
+        column: u32,
+        count: u32,
+    },
+    Array {
+        element: u32,
+        count: u32,
+        stride: u32,
+    },
+    Struct {
+        members: Vec<u32>,
+    },
+    Pointer {
+        class: u32,
+        pointee: u32,
+    },
     /// Bool, image, void, runtime array and the like.
     Other,
 }

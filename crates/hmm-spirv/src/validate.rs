@@ -40,8 +40,7 @@ pub(crate) fn ids(module: &mut Module) -> Result<(), SpirvError> {
         }
         for inst in function.blocks.iter_mut().flat_map(|block| &mut block.body) {
             let selector = inst.args.first().and_then(|id| types.get(id));
-            let is_wide =
-                inst.op == Op::Switch && selector.is_some_and(|ty| wide.contains(ty));
+            let is_wide = inst.op == Op::Switch && selector.is_some_and(|ty| wide.contains(ty));
             operands(inst, &types, is_wide)?;
             if is_wide {
                 inst.ty = WIDE_SWITCH;
@@ -126,7 +125,10 @@ fn type_order(module: &Module) -> Result<(), SpirvError> {
 fn operands(inst: &Inst, types: &HashMap<u32, u32>, wide: bool) -> Result<(), SpirvError> {
     let positions = grammar::id_positions(inst.op, &inst.args, wide)
         .ok_or_else(|| invalid(inst, "it has too few or too many operands"))?;
-    if positions.iter().any(|&at| !types.contains_key(&inst.args[at])) {
+    if positions
+        .iter()
+        .any(|&at| !types.contains_key(&inst.args[at]))
+    {
         return Err(invalid(inst, "it names an id that is not defined"));
     }
     Ok(())

@@ -62,7 +62,11 @@ fn push(parts: &[&[u8]]) -> Vec<u8> {
 }
 
 fn base_for(variant: Variant) -> u64 {
-    if variant == Variant::Masked { WINDOW } else { BASE }
+    if variant == Variant::Masked {
+        WINDOW
+    } else {
+        BASE
+    }
 }
 
 #[test]
@@ -113,16 +117,30 @@ fn saxpy() {
             host.grain = grain;
             let count = 300_000u32;
             let [x, y, z] = [(); 3].map(|()| host.allocate(u64::from(count) * 4, 4));
-            let floats = |scale: f32| (0..count).map(|it| (it as f32 * scale).to_bits()).collect::<Vec<_>>();
+            let floats = |scale: f32| {
+                (0..count)
+                    .map(|it| (it as f32 * scale).to_bits())
+                    .collect::<Vec<_>>()
+            };
             host.write_words(x, &floats(0.5));
             host.write_words(y, &floats(2.0));
             let pipeline = host.compile(&kernel("saxpy"), variant);
-            let args = push(&[&x.to_le_bytes(), &y.to_le_bytes(), &z.to_le_bytes(), &3.0f32.to_le_bytes(), &count.to_le_bytes()]);
+            let args = push(&[
+                &x.to_le_bytes(),
+                &y.to_le_bytes(),
+                &z.to_le_bytes(),
+                &3.0f32.to_le_bytes(),
+                &count.to_le_bytes(),
+            ]);
             // Far fewer groups than elements: the stride is the launch's size.
             let report = host.launch(&pipeline, variant, &args, 96);
             eprintln!("  {report:?}");
             for (at, value) in (0..).zip(host.words(z, u64::from(count))) {
-                assert_eq!(f32::from_bits(value), 3.0 * (at as f32 * 0.5) + at as f32 * 2.0, "element {at}");
+                assert_eq!(
+                    f32::from_bits(value),
+                    3.0 * (at as f32 * 0.5) + at as f32 * 2.0,
+                    "element {at}"
+                );
             }
         });
     });
@@ -137,7 +155,10 @@ fn chains(host: &mut Host, count: u64, length: u64) -> (u64, Vec<Vec<u64>>) {
     let mut seed = 12345u64;
     for last in (1..order.len()).rev() {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        order.swap(last, usize::try_from((seed >> 33) % (last as u64 + 1)).expect("an index"));
+        order.swap(
+            last,
+            usize::try_from((seed >> 33) % (last as u64 + 1)).expect("an index"),
+        );
     }
     let chains: Vec<Vec<u64>> = order
         .chunks(usize::try_from(length).expect("a length"))
@@ -163,10 +184,19 @@ fn chase(name: &str, count: u64, length: u64, value: fn(u64) -> u64) {
         let sums = host.allocate(count * 8, 8);
         let wanted: Vec<u64> = chains
             .iter()
-            .map(|chain| chain.iter().map(|&node| value(host.longs(node + 8, 1)[0])).sum())
+            .map(|chain| {
+                chain
+                    .iter()
+                    .map(|&node| value(host.longs(node + 8, 1)[0]))
+                    .sum()
+            })
             .collect();
         let pipeline = host.compile(&kernel(name), variant);
-        let args = push(&[&heads.to_le_bytes(), &sums.to_le_bytes(), &(count as u32).to_le_bytes()]);
+        let args = push(&[
+            &heads.to_le_bytes(),
+            &sums.to_le_bytes(),
+            &(count as u32).to_le_bytes(),
+        ]);
         let report = host.launch(&pipeline, variant, &args, (count as u32).div_ceil(64));
         eprintln!("  {report:?}");
         assert_eq!(host.longs(sums, count), wanted);
@@ -248,14 +278,20 @@ fn histogram() {
             let count = 400_000u32;
             let data = host.allocate(u64::from(count) * 4, 4);
             let bins = host.allocate(5000 * 4, 4);
-            let words: Vec<u32> = (0..count).map(|it| it.wrapping_mul(2_654_435_761) >> 7).collect();
+            let words: Vec<u32> = (0..count)
+                .map(|it| it.wrapping_mul(2_654_435_761) >> 7)
+                .collect();
             host.write_words(data, &words);
             let mut wanted = vec![0; 5000];
             for word in words {
                 wanted[word as usize % 5000] += 1;
             }
             let pipeline = host.compile(&kernel("histogram"), variant);
-            let args = push(&[&data.to_le_bytes(), &bins.to_le_bytes(), &count.to_le_bytes()]);
+            let args = push(&[
+                &data.to_le_bytes(),
+                &bins.to_le_bytes(),
+                &count.to_le_bytes(),
+            ]);
             let report = host.launch(&pipeline, variant, &args, count.div_ceil(64));
             eprintln!("  {report:?}");
             assert_eq!(host.words(bins, 5000), wanted);
@@ -272,10 +308,16 @@ fn functions() {
             let count = 20_000u32;
             let data = host.allocate(u64::from(count) * 4, 4);
             let results = host.allocate(u64::from(count) * 4, 4);
-            let words: Vec<u32> = (0..count).map(|it| it.wrapping_mul(2_654_435_761) >> 12).collect();
+            let words: Vec<u32> = (0..count)
+                .map(|it| it.wrapping_mul(2_654_435_761) >> 12)
+                .collect();
             host.write_words(data, &words);
             let pipeline = host.compile(&kernel("functions"), variant);
-            let args = push(&[&data.to_le_bytes(), &results.to_le_bytes(), &count.to_le_bytes()]);
+            let args = push(&[
+                &data.to_le_bytes(),
+                &results.to_le_bytes(),
+                &count.to_le_bytes(),
+            ]);
             let report = host.launch(&pipeline, variant, &args, count.div_ceil(64));
             eprintln!("  {report:?}");
             let wanted: Vec<u32> = (0..count).map(|it| function_result(&words, it)).collect();
@@ -331,23 +373,39 @@ fn structures() {
             let from = host.allocate(bytes, 8);
             let to = host.allocate(bytes, 8);
             let out = host.allocate(16, 8);
-            let old: Vec<u8> = (0..bytes).map(|it| u8::try_from(it * 7 % 251).expect("a byte") & 0x3f).collect();
+            let old: Vec<u8> = (0..bytes)
+                .map(|it| u8::try_from(it * 7 % 251).expect("a byte") & 0x3f)
+                .collect();
             host.write(from, &old);
             host.write_longs(out, &[to, 5]);
             let pipeline = host.compile(&kernel("structs"), variant);
-            let args = push(&[&from.to_le_bytes(), &out.to_le_bytes(), &count.to_le_bytes()]);
+            let args = push(&[
+                &from.to_le_bytes(),
+                &out.to_le_bytes(),
+                &count.to_le_bytes(),
+            ]);
             let report = host.launch(&pipeline, variant, &args, count.div_ceil(32));
             eprintln!("  {report:?}");
             let new = host.read(to, bytes).to_vec();
-            for (at, (old, new)) in old.chunks_exact(RECORD).zip(new.chunks_exact(RECORD)).enumerate() {
-                let word = |bytes: &[u8], at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4"));
+            for (at, (old, new)) in old
+                .chunks_exact(RECORD)
+                .zip(new.chunks_exact(RECORD))
+                .enumerate()
+            {
+                let word = |bytes: &[u8], at: usize| {
+                    u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4"))
+                };
                 let float = |bytes: &[u8], at: usize| f32::from_bits(word(bytes, at));
                 assert_eq!(word(new, 0), word(old, 0).wrapping_add(1), "record {at}");
                 assert_eq!(new[8], old[8].wrapping_add(1));
                 let second = 8 + INNER;
-                let medium = |bytes: &[u8]| u16::from_le_bytes(bytes[second + 2..second + 4].try_into().expect("2"));
+                let medium = |bytes: &[u8]| {
+                    u16::from_le_bytes(bytes[second + 2..second + 4].try_into().expect("2"))
+                };
                 assert_eq!(medium(new), medium(old).wrapping_add(2));
-                let large = |bytes: &[u8]| u64::from_le_bytes(bytes[second + 8..second + 16].try_into().expect("8"));
+                let large = |bytes: &[u8]| {
+                    u64::from_le_bytes(bytes[second + 8..second + 16].try_into().expect("8"))
+                };
                 assert_eq!(large(new), large(old).wrapping_add(3));
                 for axis in 0..3 {
                     let place = float(old, 8 + 16 + axis * 4) + [1.0, 2.0, 3.0][axis];
@@ -357,6 +415,39 @@ fn structures() {
                     assert_eq!(word(new, column - 12), word(old, column - 12));
                 }
             }
+        });
+    });
+}
+
+/// So many accesses that a driver which nests a condition for each has trouble.
+#[test]
+fn many_accesses() {
+    isolated("many_accesses", || {
+        each(|variant, grain| {
+            let mut host = open(base_for(variant), 2 * MIB);
+            host.grain = grain;
+            let count = 10_000u32;
+            let data = host.allocate(u64::from(count) * 4, 4);
+            let results = host.allocate(u64::from(count) * 4, 4);
+            let words: Vec<u32> = (0..count)
+                .map(|it| it.wrapping_mul(2_654_435_761))
+                .collect();
+            host.write_words(data, &words);
+            let pipeline = host.compile(&kernel("wide"), variant);
+            let args = push(&[
+                &data.to_le_bytes(),
+                &results.to_le_bytes(),
+                &count.to_le_bytes(),
+            ]);
+            let report = host.launch(&pipeline, variant, &args, count.div_ceil(64));
+            eprintln!("  {report:?}");
+            let result = |i: u32| {
+                (0..100).fold(0u32, |sum, k| {
+                    sum.wrapping_add(words[((i * (k * 2 + 1) + k * 977) % count) as usize])
+                })
+            };
+            let wanted: Vec<u32> = (0..count).map(result).collect();
+            assert_eq!(host.words(results, u64::from(count)), wanted);
         });
     });
 }
@@ -373,13 +464,18 @@ fn barriers() {
             let groups = 1000u32;
             let data = host.allocate(u64::from(groups) * 256, 4);
             let sums = host.allocate(u64::from(groups) * 4, 4);
-            let words: Vec<u32> = (0..groups * 64).map(|it| it.wrapping_mul(2_654_435_761)).collect();
+            let words: Vec<u32> = (0..groups * 64)
+                .map(|it| it.wrapping_mul(2_654_435_761))
+                .collect();
             host.write_words(data, &words);
             let pipeline = host.compile(&kernel("barrier"), variant);
             let args = push(&[&data.to_le_bytes(), &sums.to_le_bytes()]);
             let report = host.launch(&pipeline, variant, &args, groups);
             eprintln!("  {report:?}");
-            let wanted: Vec<u32> = words.chunks(64).map(|it| it.iter().fold(0, |sum: u32, &it| sum.wrapping_add(it))).collect();
+            let wanted: Vec<u32> = words
+                .chunks(64)
+                .map(|it| it.iter().fold(0, |sum: u32, &it| sum.wrapping_add(it)))
+                .collect();
             assert_eq!(host.words(sums, u64::from(groups)), wanted);
         });
     });
@@ -396,7 +492,10 @@ fn runaway() {
             let pipeline = host.compile(&kernel("runaway"), variant);
             let report = host.launch(&pipeline, variant, &data.to_le_bytes(), 2);
             eprintln!("{variant:?} {report:?}");
-            assert!(report.unfinished >= 64 && (report.torn == 0 || variant == Variant::Checked), "{report:?}");
+            assert!(
+                report.unfinished >= 64 && (report.torn == 0 || variant == Variant::Checked),
+                "{report:?}"
+            );
         }
     });
 }

@@ -2,7 +2,11 @@
 //! of their own, a page table, and the serving of faults.
 #![allow(dead_code, reason = "each binary uses some of it")]
 #![allow(unreachable_pub, reason = "one module in many binaries")]
-#![allow(missing_docs, missing_debug_implementations, reason = "a test's own tools")]
+#![allow(
+    missing_docs,
+    missing_debug_implementations,
+    reason = "a test's own tools"
+)]
 
 pub mod vulkan;
 
@@ -24,11 +28,17 @@ macro_rules! skip {
     }};
 }
 
-/// A kernel of `tests/kernels`.
+/// A kernel of `tests/kernels`, or of the folder `HMM_SPIRV_KERNELS`: the same
+/// kernels made by another compiler, say.
 pub fn kernel(name: &str) -> Vec<u32> {
-    let path = format!("{}/tests/kernels/{name}.spv", env!("CARGO_MANIFEST_DIR"));
+    let own = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/kernels");
+    let folder = std::env::var("HMM_SPIRV_KERNELS").unwrap_or_else(|_| own.to_owned());
+    let path = format!("{folder}/{name}.spv");
     let bytes = std::fs::read(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
-    bytes.chunks_exact(4).map(|it| u32::from_le_bytes([it[0], it[1], it[2], it[3]])).collect()
+    bytes
+        .chunks_exact(4)
+        .map(|it| u32::from_le_bytes([it[0], it[1], it[2], it[3]]))
+        .collect()
 }
 
 /// How the host answers a fault.
@@ -93,9 +103,24 @@ impl Host {
         let control = gpu.buffer(control::SIZE);
         let done = gpu.buffer(1 << 21);
         Ok(Self {
-            gpu, home: vec![0; usize::try_from(bytes).expect("a size")], base, next: base, control, root, empty,
-            leaves: Vec::new(), log, done, frames, placed: vec![None; pages], free: Vec::new(),
-            grain: Grain::Large, log_capacity: 1 << 12, stall_polls: 1 << 28, evict: false, stop_after: None,
+            gpu,
+            home: vec![0; usize::try_from(bytes).expect("a size")],
+            base,
+            next: base,
+            control,
+            root,
+            empty,
+            leaves: Vec::new(),
+            log,
+            done,
+            frames,
+            placed: vec![None; pages],
+            free: Vec::new(),
+            grain: Grain::Large,
+            log_capacity: 1 << 12,
+            stall_polls: 1 << 28,
+            evict: false,
+            stop_after: None,
         })
     }
 
@@ -103,7 +128,10 @@ impl Host {
     pub fn allocate(&mut self, bytes: u64, align: u64) -> u64 {
         let at = self.next.next_multiple_of(align);
         self.next = at + bytes;
-        assert!(self.next - self.base <= self.home.len() as u64, "no memory left");
+        assert!(
+            self.next - self.base <= self.home.len() as u64,
+            "no memory left"
+        );
         at
     }
 
@@ -119,12 +147,18 @@ impl Host {
 
     pub fn words(&self, address: u64, count: u64) -> Vec<u32> {
         let bytes = self.read(address, count * 4);
-        bytes.chunks_exact(4).map(|it| u32::from_le_bytes(it.try_into().expect("4"))).collect()
+        bytes
+            .chunks_exact(4)
+            .map(|it| u32::from_le_bytes(it.try_into().expect("4")))
+            .collect()
     }
 
     pub fn longs(&self, address: u64, count: u64) -> Vec<u64> {
         let bytes = self.read(address, count * 8);
-        bytes.chunks_exact(8).map(|it| u64::from_le_bytes(it.try_into().expect("8"))).collect()
+        bytes
+            .chunks_exact(8)
+            .map(|it| u64::from_le_bytes(it.try_into().expect("8")))
+            .collect()
     }
 
     pub fn write_words(&mut self, address: u64, words: &[u32]) {
@@ -150,7 +184,10 @@ impl Host {
                 seed ^= seed << 13;
                 seed ^= seed >> 7;
                 seed ^= seed << 17;
-                frames.swap(at, usize::try_from(seed % (at as u64 + 1)).expect("an index"));
+                frames.swap(
+                    at,
+                    usize::try_from(seed % (at as u64 + 1)).expect("an index"),
+                );
             }
         } else {
             frames = (0..self.frames.size / WIDE - 1).collect();
@@ -184,14 +221,19 @@ impl Host {
 
     fn copy(&mut self, page: u64, frame: u64, home: bool) {
         let at = usize::try_from(page * PAGE).expect("an offset");
-        let frame = usize::try_from(self.first_frame() - self.frames.address + frame * PAGE).expect("an offset");
+        let frame = usize::try_from(self.first_frame() - self.frames.address + frame * PAGE)
+            .expect("an offset");
         let len = PAGE as usize;
         // SAFETY: a page of home and a frame of the buffer; no kernel accesses it
         // while it is copied.
         unsafe {
             let home_at = self.home.as_mut_ptr().add(at);
             let frame_at = self.frames.host.add(frame);
-            if home { std::ptr::copy_nonoverlapping(frame_at, home_at, len) } else { std::ptr::copy_nonoverlapping(home_at, frame_at, len) }
+            if home {
+                std::ptr::copy_nonoverlapping(frame_at, home_at, len)
+            } else {
+                std::ptr::copy_nonoverlapping(home_at, frame_at, len)
+            }
         }
     }
 
@@ -212,7 +254,9 @@ impl Host {
         let writes = fault & 1 != 0;
         let page = (fault & !1).checked_sub(self.base).map(|it| it / PAGE);
         let page = page.filter(|&it| it < self.placed.len() as u64);
-        let page = page.unwrap_or_else(|| panic!("a kernel asked for {fault:#x}, which is no memory of the program"));
+        let page = page.unwrap_or_else(|| {
+            panic!("a kernel asked for {fault:#x}, which is no memory of the program")
+        });
         let at = usize::try_from(page).expect("a page");
         let first = self.first_frame();
         match self.grain {
@@ -236,7 +280,8 @@ impl Host {
                     let frame = self.free.pop().expect("a frame") * 16;
                     for more in 0..16 {
                         self.copy(start + more, frame + more, false);
-                        self.placed[usize::try_from(start + more).expect("a page")] = Some(frame + more);
+                        self.placed[usize::try_from(start + more).expect("a page")] =
+                            Some(frame + more);
                     }
                     for more in 0..16 {
                         self.set_entry(start + more, first + (frame + more) * PAGE | 7);
@@ -273,35 +318,54 @@ impl Host {
         for offset in (0..control::SIZE).step_by(4) {
             self.word(offset).store(0, Ordering::Relaxed);
         }
-        self.word(control::LOG_CAPACITY).store(self.log_capacity, Ordering::Relaxed);
-        self.word(control::STALL_POLLS).store(self.stall_polls, Ordering::Relaxed);
+        self.word(control::LOG_CAPACITY)
+            .store(self.log_capacity, Ordering::Relaxed);
+        self.word(control::STALL_POLLS)
+            .store(self.stall_polls, Ordering::Relaxed);
         long(&self.control, control::TABLE).store(self.root.address, Ordering::Relaxed);
         long(&self.control, control::LOG).store(self.log.address, Ordering::Relaxed);
         self.word(control::GROUPS).store(groups, Ordering::Relaxed);
         self.word(control::GROUPS + 4).store(1, Ordering::Relaxed);
         self.word(control::GROUPS + 8).store(1, Ordering::Relaxed);
-        self.word(control::DISPATCHED + 4).store(1, Ordering::Relaxed);
-        self.word(control::DISPATCHED + 8).store(1, Ordering::Relaxed);
+        self.word(control::DISPATCHED + 4)
+            .store(1, Ordering::Relaxed);
+        self.word(control::DISPATCHED + 8)
+            .store(1, Ordering::Relaxed);
         for index in 0..u64::from(self.log_capacity) {
             long(&self.log, index * 8).store(u64::MAX, Ordering::Relaxed);
         }
     }
 
     pub fn compile(&self, words: &[u32], variant: Variant) -> Pipeline {
-        let options = Options { variant, control_spec_id: CONTROL };
-        let made = instrument(words, options).unwrap_or_else(|error| panic!("{variant:?}: {error}"));
-        self.gpu.pipeline(&made.words, self.control.address, made.info.push_constant_bytes)
+        let options = Options {
+            variant,
+            control_spec_id: CONTROL,
+        };
+        let made =
+            instrument(words, options).unwrap_or_else(|error| panic!("{variant:?}: {error}"));
+        self.gpu.pipeline(
+            &made.words,
+            self.control.address,
+            made.info.push_constant_bytes,
+        )
     }
 
     /// Runs `groups` workgroups of 64 or fewer, in two dispatches where there are
     /// several, until all invocations are done.
-    pub fn launch(&mut self, pipeline: &Pipeline, variant: Variant, push: &[u8], groups: u32) -> Report {
+    pub fn launch(
+        &mut self,
+        pipeline: &Pipeline,
+        variant: Variant,
+        push: &[u8],
+        groups: u32,
+    ) -> Report {
         let mut report = Report::default();
         self.reset(groups);
         match variant {
             Variant::Delta => {
                 let at = self.in_one_piece();
-                long(&self.control, control::DELTA).store(at.wrapping_sub(self.base), Ordering::Relaxed);
+                long(&self.control, control::DELTA)
+                    .store(at.wrapping_sub(self.base), Ordering::Relaxed);
             }
             Variant::Masked => {
                 let at = self.in_one_piece();
@@ -315,9 +379,13 @@ impl Host {
         }
         let first = groups / 3;
         for (base, count) in [(0, first), (first, groups - first)] {
-            if count == 0 { continue; }
-            self.word(control::BASE_GROUP).store(base, Ordering::Relaxed);
-            self.word(control::DISPATCHED).store(count, Ordering::Relaxed);
+            if count == 0 {
+                continue;
+            }
+            self.word(control::BASE_GROUP)
+                .store(base, Ordering::Relaxed);
+            self.word(control::DISPATCHED)
+                .store(count, Ordering::Relaxed);
             match variant {
                 Variant::Checked => self.redispatch(pipeline, push, base, count, &mut report),
                 Variant::Stall => self.serve(pipeline, push, base, count, &mut report),
@@ -333,9 +401,20 @@ impl Host {
     }
 
     /// Runs what is not done again until nothing is left.
-    fn redispatch(&mut self, pipeline: &Pipeline, push: &[u8], base: u32, count: u32, report: &mut Report) {
+    fn redispatch(
+        &mut self,
+        pipeline: &Pipeline,
+        push: &[u8],
+        base: u32,
+        count: u32,
+        report: &mut Report,
+    ) {
         // SAFETY: the buffer's own size; nothing runs.
-        unsafe { self.done.host.write_bytes(0, usize::try_from(self.done.size).expect("a size")) };
+        unsafe {
+            self.done
+                .host
+                .write_bytes(0, usize::try_from(self.done.size).expect("a size"))
+        };
         long(&self.control, control::DONE).store(self.done.address, Ordering::Relaxed);
         loop {
             self.word(control::UNFINISHED).store(0, Ordering::SeqCst);
@@ -353,13 +432,24 @@ impl Host {
             if report.unfinished == 0 || self.stop_after.is_some() {
                 return;
             }
-            assert!(served > 0, "{} invocations returned without a fault", report.unfinished);
+            assert!(
+                served > 0,
+                "{} invocations returned without a fault",
+                report.unfinished
+            );
             assert!(report.rounds < 100_000, "no end: {report:?}");
         }
     }
 
     /// Serves a dispatch while it runs.
-    fn serve(&mut self, pipeline: &Pipeline, push: &[u8], base: u32, count: u32, report: &mut Report) {
+    fn serve(
+        &mut self,
+        pipeline: &Pipeline,
+        push: &[u8],
+        base: u32,
+        count: u32,
+        report: &mut Report,
+    ) {
         let running = self.gpu.start(pipeline, push, base, count);
         let start = Instant::now();
         while !self.gpu.has_ended(&running) {
@@ -371,14 +461,20 @@ impl Host {
             if self.stop_after.is_some_and(|after| start.elapsed() > after) {
                 self.word(control::STOP).store(1, Ordering::SeqCst);
             }
-            assert!(start.elapsed() < Duration::from_secs(50), "a kernel that does not end: {report:?}");
+            assert!(
+                start.elapsed() < Duration::from_secs(50),
+                "a kernel that does not end: {report:?}"
+            );
             std::hint::spin_loop();
         }
         self.gpu.finish(running);
         report.rounds += 1;
         report.torn = self.word(control::TORN).load(Ordering::SeqCst);
         report.unfinished = self.word(control::UNFINISHED).load(Ordering::SeqCst);
-        let (active, parked) = (self.word(control::ACTIVE).load(Ordering::SeqCst), self.word(control::PARKED).load(Ordering::SeqCst));
+        let (active, parked) = (
+            self.word(control::ACTIVE).load(Ordering::SeqCst),
+            self.word(control::PARKED).load(Ordering::SeqCst),
+        );
         assert_eq!((active, parked), (0, 0), "who has come has gone");
         self.serve_log();
     }
@@ -392,7 +488,9 @@ impl Host {
             if active > 0 && self.word(control::PARKED).load(Ordering::SeqCst) == active {
                 break true;
             }
-            if start.elapsed() > Duration::from_millis(20) { break false; }
+            if start.elapsed() > Duration::from_millis(20) {
+                break false;
+            }
             // What the others wait for must still come.
             self.serve_log();
         };
@@ -416,15 +514,21 @@ impl Host {
                 for index in 0..u64::from(self.log_capacity) {
                     long(&self.log, index * 8).store(u64::MAX, Ordering::SeqCst);
                 }
-                self.word(control::LOG_SERVED).store(count, Ordering::SeqCst);
+                self.word(control::LOG_SERVED)
+                    .store(count, Ordering::SeqCst);
                 continue;
             }
-            if count == tail { return served; }
+            if count == tail {
+                return served;
+            }
             let at = u64::from(tail & (self.log_capacity - 1)) * 8;
             let fault = long(&self.log, at).load(Ordering::SeqCst);
-            if fault == u64::MAX { return served; }
+            if fault == u64::MAX {
+                return served;
+            }
             long(&self.log, at).store(u64::MAX, Ordering::SeqCst);
-            self.word(control::LOG_SERVED).store(tail.wrapping_add(1), Ordering::SeqCst);
+            self.word(control::LOG_SERVED)
+                .store(tail.wrapping_add(1), Ordering::SeqCst);
             self.answer(fault);
             served += 1;
         }
@@ -434,10 +538,15 @@ impl Host {
         self.map(fault);
         let leaf = self.leaf(fault);
         let bit = (fault >> 12 & 0x3ffff) * 2 + (fault & 1);
-        let wanted = if self.leaves[leaf].0 == 1 << 17 { &self.empty } else { &self.leaves[leaf].1 };
+        let wanted = if self.leaves[leaf].0 == 1 << 17 {
+            &self.empty
+        } else {
+            &self.leaves[leaf].1
+        };
         word(wanted, table::WANTED + bit / 32 * 4).fetch_and(!(1 << (bit % 32)), Ordering::SeqCst);
         // It may have been asked for before there was a leaf.
-        word(&self.empty, table::WANTED + bit / 32 * 4).fetch_and(!(1 << (bit % 32)), Ordering::SeqCst);
+        word(&self.empty, table::WANTED + bit / 32 * 4)
+            .fetch_and(!(1 << (bit % 32)), Ordering::SeqCst);
     }
 
     /// Serves everything that is wanted, logged or not.
@@ -449,7 +558,8 @@ impl Host {
             for access in 0..2 {
                 let bit = (address >> 12 & 0x3ffff) * 2 + access;
                 let at = table::WANTED + bit / 32 * 4;
-                let wanted = word(&self.leaves[leaf].1, at).load(Ordering::SeqCst) | word(&self.empty, at).load(Ordering::SeqCst);
+                let wanted = word(&self.leaves[leaf].1, at).load(Ordering::SeqCst)
+                    | word(&self.empty, at).load(Ordering::SeqCst);
                 if wanted >> (bit % 32) & 1 != 0 {
                     self.answer(address | access);
                     served += 1;
@@ -459,20 +569,36 @@ impl Host {
         served
     }
 
-    /// How long a dispatch takes whose memory is all mapped.
-    pub fn time(&mut self, pipeline: &Pipeline, variant: Option<Variant>, push: &[u8], groups: u32) -> Duration {
+    /// Processor time of a dispatch whose memory is all mapped: the device is this
+    /// process, and what else runs on the machine does not count.
+    pub fn time(
+        &mut self,
+        pipeline: &Pipeline,
+        variant: Option<Variant>,
+        push: &[u8],
+        groups: u32,
+    ) -> Duration {
         self.word(control::BASE_GROUP).store(0, Ordering::Relaxed);
-        self.word(control::DISPATCHED).store(groups, Ordering::Relaxed);
+        self.word(control::DISPATCHED)
+            .store(groups, Ordering::Relaxed);
         if variant == Some(Variant::Checked) {
             // SAFETY: the buffer's own size; nothing runs.
-            unsafe { self.done.host.write_bytes(0, usize::try_from(self.done.size).expect("a size")) };
+            unsafe {
+                self.done
+                    .host
+                    .write_bytes(0, usize::try_from(self.done.size).expect("a size"))
+            };
             long(&self.control, control::DONE).store(self.done.address, Ordering::Relaxed);
         }
-        let start = Instant::now();
+        let start = processor_time();
         let running = self.gpu.start(pipeline, push, 0, groups);
         self.gpu.finish(running);
-        let took = start.elapsed();
-        assert_eq!(self.word(control::UNFINISHED).load(Ordering::Relaxed), 0, "all is mapped");
+        let took = processor_time() - start;
+        assert_eq!(
+            self.word(control::UNFINISHED).load(Ordering::Relaxed),
+            0,
+            "all is mapped"
+        );
         took
     }
 
@@ -482,8 +608,10 @@ impl Host {
         match variant {
             None | Some(Variant::Delta | Variant::Masked) => {
                 let at = self.in_one_piece();
-                long(&self.control, control::DELTA).store(at.wrapping_sub(self.base), Ordering::Relaxed);
-                long(&self.control, control::MASK).store(self.home.len() as u64 - 1, Ordering::Relaxed);
+                long(&self.control, control::DELTA)
+                    .store(at.wrapping_sub(self.base), Ordering::Relaxed);
+                long(&self.control, control::MASK)
+                    .store(self.home.len() as u64 - 1, Ordering::Relaxed);
                 long(&self.control, control::BASE).store(at, Ordering::Relaxed);
             }
             _ => self.map_all(),
@@ -491,14 +619,42 @@ impl Host {
     }
 }
 
+fn processor_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    Duration::new(
+        u64::try_from(time.tv_sec).expect("seconds"),
+        u32::try_from(time.tv_nsec).expect("nanoseconds"),
+    )
+}
+
 fn word(buffer: &Buffer, offset: u64) -> &AtomicU32 {
-    assert!(offset % 4 == 0 && offset + 4 <= buffer.size, "in the buffer");
+    assert!(
+        offset % 4 == 0 && offset + 4 <= buffer.size,
+        "in the buffer"
+    );
     // SAFETY: aligned and in mapped memory, which host and device access atomically.
-    unsafe { AtomicU32::from_ptr(buffer.host.add(usize::try_from(offset).expect("an offset")).cast()) }
+    unsafe {
+        AtomicU32::from_ptr(
+            buffer
+                .host
+                .add(usize::try_from(offset).expect("an offset"))
+                .cast(),
+        )
+    }
 }
 
 fn long(buffer: &Buffer, offset: u64) -> &AtomicU64 {
-    assert!(offset % 8 == 0 && offset + 8 <= buffer.size, "in the buffer");
+    assert!(
+        offset % 8 == 0 && offset + 8 <= buffer.size,
+        "in the buffer"
+    );
     // SAFETY: as for a word.
-    unsafe { AtomicU64::from_ptr(buffer.host.add(usize::try_from(offset).expect("an offset")).cast()) }
+    unsafe {
+        AtomicU64::from_ptr(
+            buffer
+                .host
+                .add(usize::try_from(offset).expect("an offset"))
+                .cast(),
+        )
+    }
 }
