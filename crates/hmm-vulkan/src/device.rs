@@ -8,7 +8,9 @@ use std::sync::{Mutex as HeapMutex, MutexGuard as HeapGuard, OnceLock, PoisonErr
 use hmm_device::{Embedder, FrameAllocator, Injector, Join, LossMode, Reservation};
 use hmm_hal::{Device, DeviceError, DeviceInfo, FaultHandler, Fence, Transfer};
 use hmm_sync::{Mutex, Rank};
-use hmm_types::{Access, DeviceId, FrameRange, PAGE_SHIFT, PageCount, PageRange, VirtAddr};
+use hmm_types::{
+    Access, BLOCK_PAGES, DeviceId, FrameId, FrameRange, PAGE_SHIFT, PageCount, PageRange, VirtAddr,
+};
 
 use crate::area::Area;
 use crate::config::VulkanConfig;
@@ -376,6 +378,33 @@ impl VulkanDevice {
         }
     }
 
+    fn take_frames(
+        &self,
+        pick: impl FnOnce(&mut FrameAllocator) -> Option<FrameRange>,
+    ) -> Result<FrameRange, DeviceError> {
+        let _guard = self.enter_alive()?;
+        if self.injector.allocation_fails() {
+            self.counters.failures_injected.add(1);
+            return Err(DeviceError::OutOfMemory);
+        }
+        let mut frames = self.frames.lock();
+        let run = pick(&mut frames);
+        self.free
+            .store(u64::from(frames.free_frames()), Ordering::Relaxed);
+        run.ok_or(DeviceError::OutOfMemory)
+    }
+
+    /// The frames that these pages have in a memory that repeats itself all over the
+    /// address space; `None` where they run over its end.
+    fn frames_at_distance(&self, pages: PageRange) -> Option<FrameRange> {
+        // Whole blocks, so that 64 KiB and 2 MiB lie in memory as they do in the program.
+        let window = self.frames() / BLOCK_PAGES * BLOCK_PAGES;
+        let first = (pages.start().get() >> PAGE_SHIFT).checked_rem(window.into())?;
+        let first = u32::try_from(first).ok()?;
+        let count = u32::try_from(pages.pages().get()).ok()?;
+        (count <= window - first).then(|| FrameRange::new(FrameId::new(first), count))
+    }
+
     fn shoot_down(&self, range: PageRange) {
         if self.parts.table.clear(range) {
             self.quiesce();
@@ -425,16 +454,19 @@ impl Device for VulkanDevice {
     }
 
     fn allocate(&self, pages: PageCount) -> Result<FrameRange, DeviceError> {
-        let _guard = self.enter_alive()?;
-        if self.injector.allocation_fails() {
-            self.counters.failures_injected.add(1);
-            return Err(DeviceError::OutOfMemory);
-        }
-        let mut frames = self.frames.lock();
-        let run = frames.allocate(pages.get());
-        self.free
-            .store(u64::from(frames.free_frames()), Ordering::Relaxed);
-        run.ok_or(DeviceError::OutOfMemory)
+        self.take_frames(|frames| frames.allocate(pages.get()))
+    }
+
+    /// Where there is room, at frames whose numbers are the pages' modulo the device's
+    /// size: pages of any ranges that lie in one window of that size then have their
+    /// frames at one distance, and kernels find them by adding it.
+    fn allocate_for(&self, pages: PageRange) -> Result<FrameRange, DeviceError> {
+        let wanted = self.frames_at_distance(pages);
+        self.take_frames(|frames| {
+            wanted
+                .filter(|&run| frames.allocate_at(run))
+                .or_else(|| frames.allocate(pages.pages().get()))
+        })
     }
 
     fn free(&self, run: FrameRange) {

@@ -200,6 +200,12 @@ pub enum LaunchError {
         /// The most.
         limit: u64,
     },
+    /// There is no kernel for this launch.
+    #[error("the program cannot be launched so: {reason}")]
+    NotMade {
+        /// Why.
+        reason: String,
+    },
     /// A kernel that does not check its accesses needs to be told what it accesses.
     #[error("a kernel without checks needs the ranges that it uses, and there are none")]
     NoRanges,

@@ -26,6 +26,8 @@ pub(crate) struct Gpu {
     pub(crate) copies: Queue,
     /// One for both queues: they may be the same.
     submitting: Mutex<()>,
+    /// What was switched on.
+    pub(crate) features: Features,
     instance: ManuallyDrop<Instance>,
 }
 
@@ -47,7 +49,8 @@ impl Gpu {
         if physical.description.imports_host {
             extensions.push(ash::ext::external_memory_host::NAME.as_ptr());
         }
-        let mut wanted = Features::of(&instance, &physical);
+        let features = Features::of(&instance, &physical);
+        let mut wanted = features;
         let mut chain = vk::PhysicalDeviceFeatures2::default()
             .features(wanted.basic)
             .push_next(&mut wanted.eleven)
@@ -78,6 +81,7 @@ impl Gpu {
             compute,
             copies,
             submitting: Mutex::new(Rank::Device, ()),
+            features,
             device,
             instance: ManuallyDrop::new(instance),
         })
@@ -196,11 +200,17 @@ impl fmt::Debug for Gpu {
 
 /// Features to switch on: what this crate needs, and what kernels may use of what the
 /// device has. Others (robust access, captures) cost something where they are on.
-struct Features {
-    basic: vk::PhysicalDeviceFeatures,
-    eleven: vk::PhysicalDeviceVulkan11Features<'static>,
-    twelve: vk::PhysicalDeviceVulkan12Features<'static>,
+#[derive(Clone, Copy)]
+pub(crate) struct Features {
+    pub(crate) basic: vk::PhysicalDeviceFeatures,
+    pub(crate) eleven: vk::PhysicalDeviceVulkan11Features<'static>,
+    pub(crate) twelve: vk::PhysicalDeviceVulkan12Features<'static>,
 }
+
+// SAFETY: the structures lead nowhere (`p_next` is null but while a device is made).
+unsafe impl Send for Features {}
+// SAFETY: as for Send; they never change.
+unsafe impl Sync for Features {}
 
 impl Features {
     fn of(instance: &Instance, physical: &Physical) -> Self {

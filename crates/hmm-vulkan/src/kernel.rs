@@ -58,7 +58,7 @@ pub struct KernelCode<'a> {
 }
 
 /// A kernel as the driver's thread sees it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Loaded {
     pub(crate) pipeline: Pipeline,
     pub(crate) local_size: [u32; 3],

@@ -15,6 +15,7 @@ use crate::footprint::Footprint;
 use crate::kernel::{Kernel, Loaded, Variant};
 use crate::log::Miss;
 use crate::stats::LaunchReport;
+use crate::table::Survey;
 use crate::{KernelError, LaunchError};
 
 /// For how long the engine may say "wait" for one access.
@@ -26,6 +27,8 @@ const ROUNDS: u64 = 64;
 pub(crate) struct Launch<'a> {
     pub(crate) device: &'static VulkanDevice,
     pub(crate) kernel: Loaded,
+    /// The same for ranges whose frames are all at one distance from their pages.
+    by_distance: Option<Loaded>,
     pub(crate) groups: [u32; 3],
     pub(crate) push: &'a [u8],
     pub(crate) engine: (DeviceId, &'static dyn FaultHandler),
@@ -55,18 +58,31 @@ impl VulkanDevice {
             std::ptr::eq(kernel.device, self),
             "the kernel was loaded on another device"
         );
-        self.check_launch(&kernel.loaded, groups, push_constants, uses)?;
+        self.launch_loaded(kernel.loaded, None, groups, push_constants, uses)
+    }
+
+    /// The same, with another kernel for ranges whose frames are all at one distance from
+    /// their pages.
+    pub(crate) fn launch_loaded(
+        &'static self,
+        kernel: Loaded,
+        by_distance: Option<Loaded>,
+        groups: [u32; 3],
+        push_constants: &[u8],
+        uses: &[(PageRange, Access)],
+    ) -> Result<LaunchReport, LaunchError> {
+        self.check_launch(&kernel, groups, push_constants, uses)?;
         let &engine = self.engine().ok_or(LaunchError::NotAttached)?;
         // While the kernel runs, the driver's thread reads engine memory only.
         let mut push = hmm_mem::vec_with_capacity(push_constants.len());
         push.extend_from_slice(push_constants);
         let mut ranges = hmm_mem::vec_with_capacity(uses.len());
         ranges.extend_from_slice(uses);
-        let kernel = kernel.loaded;
         let done = self.driver().run(move || {
             let mut launch = Launch {
                 device: self,
                 kernel,
+                by_distance,
                 groups,
                 push: &push,
                 engine,
@@ -162,15 +178,10 @@ impl Launch<'_> {
 
     /// A dispatch from its start to its end.
     pub(crate) fn dispatch(&self, chunk: Chunk) -> Result<(), LaunchError> {
-        self.dispatch_if(chunk, || true).map(drop)
-    }
-
-    /// The same, if `check` says so when no mapping can go any more; else false.
-    fn dispatch_if(&self, chunk: Chunk, check: impl FnOnce() -> bool) -> Result<bool, LaunchError> {
         let device = self.device;
         let uses_table = self.kernel.variant.uses_table();
-        if uses_table && !device.gate().begin(false, check) {
-            return Ok(false);
+        if uses_table {
+            device.gate().begin(false, || true);
         }
         let done = self.first_time(|| {
             let value = device.begin_dispatch(&self.kernel, self.push, self.groups, chunk)?;
@@ -180,7 +191,7 @@ impl Launch<'_> {
         if uses_table && !device.has_given_up() {
             device.gate().end();
         }
-        done.map(|()| true)
+        done
     }
 
     /// Where a kernel is compiled by its first dispatch, finds what that has mapped.
@@ -231,7 +242,6 @@ impl Launch<'_> {
     /// A kernel without checks over the page table: what it uses is brought, and does not
     /// go before it has ended.
     fn resident(&mut self, uses: &[(PageRange, Access)]) -> Result<(), LaunchError> {
-        let device = self.device;
         let mut last = None;
         for _ in 0..ROUNDS {
             for &(range, access) in uses {
@@ -245,19 +255,48 @@ impl Launch<'_> {
                     }
                 }
             }
-            let all_there = || {
-                uses.iter().all(|&(range, access)| {
-                    let mut pages = range.iter_pages();
-                    pages.all(|page| device.table().allows(page, access))
-                })
-            };
-            if self.dispatch_if(Chunk::whole(self.groups), all_there)? {
+            if self.dispatch_held(uses)? {
                 return Ok(());
             }
         }
         let address = last.unwrap_or(VirtAddr::new(0));
         let rounds = ROUNDS;
         Err(KernelError::Thrash { address, rounds }.into())
+    }
+
+    /// A dispatch of pages that stay until its end, if they are there when it begins.
+    fn dispatch_held(&mut self, uses: &[(PageRange, Access)]) -> Result<bool, LaunchError> {
+        let device = self.device;
+        let mut distance = None;
+        let held = device
+            .gate()
+            .begin(false, || match device.table().survey(uses) {
+                Survey::Missing => false,
+                Survey::Apart => true,
+                Survey::At(number) => {
+                    distance = Some(number);
+                    true
+                }
+            });
+        if !held {
+            return Ok(false);
+        }
+        let near = distance.zip(self.by_distance);
+        if let Some((distance, kernel)) = near {
+            device.set_translation(Variant::Delta(distance));
+            self.kernel = kernel;
+            self.report.by_distance = true;
+        }
+        let done = self.first_time(|| {
+            let chunk = Chunk::whole(self.groups);
+            let value = device.begin_dispatch(&self.kernel, self.push, self.groups, chunk)?;
+            device.finish(value)
+        });
+        // One that has not ended keeps the gate: what unmaps must not go on.
+        if !device.has_given_up() {
+            device.gate().end();
+        }
+        done.map(|()| true)
     }
 
     /// A kernel that uses no table: nobody waits for it but whoever launched it.

@@ -61,6 +61,17 @@ pub(crate) struct Place {
     pub(crate) device: u64,
 }
 
+/// What a look at ranges has found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Survey {
+    /// A page is not mapped for its access.
+    Missing,
+    /// All are.
+    Apart,
+    /// All are, and this added to any of their addresses is where it leads to.
+    At(u64),
+}
+
 /// The page table of one device.
 pub(crate) struct Table {
     root: Place,
@@ -190,6 +201,35 @@ impl Table {
             let page = address.addr() >> PAGE_SHIFT & (LEAF_PAGES - 1);
             self.load(pinned.leaf, page) & needed == needed
         })
+    }
+
+    /// Looks at all pages of ranges.
+    pub(crate) fn survey(&self, ranges: &[(PageRange, Access)]) -> Survey {
+        let mut distance = None;
+        let mut one = true;
+        for &(range, access) in ranges {
+            let needed = flags(access);
+            let mut seen = 0;
+            let mut all = true;
+            self.for_spans(range, |leaf, page, count, done| {
+                let start = range.start().get() + done as u64 * PAGE_SIZE;
+                for index in 0..count {
+                    let entry = self.load(leaf, page + index);
+                    all &= entry & needed == needed;
+                    let address = start + index as u64 * PAGE_SIZE;
+                    let here = (entry & !FLAGS).wrapping_sub(address);
+                    one &= *distance.get_or_insert(here) == here;
+                }
+                seen += count;
+            });
+            if !all || seen < range.pages().index() {
+                return Survey::Missing;
+            }
+        }
+        match distance {
+            Some(distance) if one => Survey::At(distance),
+            _ => Survey::Apart,
+        }
     }
 
     /// Forgets that kernels have asked for a page: what is asked for from now on is

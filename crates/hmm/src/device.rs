@@ -1,20 +1,18 @@
 //! The software device, as a program uses it.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::io;
 
-use hmm_core::{Engine, Executor};
-use hmm_hal::{Device, DeviceFaultError, FaultHandler, Reach, Resolution};
-use hmm_mem::Pages;
-use hmm_os::EngineThread;
+use hmm_device::{Embedder, Join};
+use hmm_hal::Device;
 use hmm_soft::{
-    Context, Embedder, Injector, Join, KernelError, LaunchError, LaunchReport, SoftConfig,
-    SoftDevice, SoftStats,
+    Context, Injector, KernelError, LaunchError, LaunchReport, SoftConfig, SoftDevice, SoftStats,
 };
-use hmm_types::{Access, ByteCount, DeviceId, PageCount, PageRange, VirtAddr};
+use hmm_types::{ByteCount, DeviceId, PageRange};
 
+use crate::Error;
+use crate::embed::{Faults, InEngine};
 use crate::host::Host;
-use crate::{Error, care};
 
 /// How a software device is to be.
 #[derive(Clone, Copy, Debug)]
@@ -80,8 +78,8 @@ pub struct SoftwareDevice {
 
 impl SoftwareDevice {
     pub(crate) fn open(host: &'static Host, options: SoftwareOptions) -> Result<Self, Error> {
-        let embedder = InEngine {
-            host,
+        let embedder = Opening {
+            engine: InEngine(host),
             memory: Cell::new(None),
         };
         let device = SoftDevice::open_with(options.0, &embedder).inspect_err(|_| {
@@ -193,105 +191,23 @@ impl SoftwareDevice {
     }
 }
 
-/// A device whose memory is no other device's business, and whose threads are
-/// engine threads.
-struct InEngine {
-    host: &'static Host,
+/// A device whose memory is to be included again if it cannot be opened.
+struct Opening {
+    engine: InEngine,
     memory: Cell<Option<PageRange>>,
 }
 
-impl Embedder for InEngine {
+impl Embedder for Opening {
     fn exclude(&self, range: PageRange) {
         self.memory.set(Some(range));
-        let threads = &self.host.threads;
-        threads.run_on_root(move || hmm_os::exclude(range));
+        self.engine.exclude(range);
     }
 
     fn include(&self, range: PageRange) {
-        let threads = &self.host.threads;
-        threads.run_on_root(move || hmm_os::include(range));
+        self.engine.include(range);
     }
 
     fn spawn(&self, name: String, body: Box<dyn FnOnce() + Send>) -> io::Result<Box<dyn Join>> {
-        let thread = self.host.threads.spawn(&name, None, body)?;
-        Ok(Box::new(Joining(thread)))
-    }
-}
-
-struct Joining(EngineThread);
-
-impl Join for Joining {
-    fn join(self: Box<Self>) {
-        self.0.join();
-    }
-}
-
-/// The engine, as a device's threads see it.
-#[derive(Debug)]
-struct Faults(&'static Host);
-
-thread_local! {
-    /// What a device's thread needs to have its faults served.
-    static EXECUTOR: RefCell<Option<(hmm_mem::Box<Executor>, Pages)>> = const { RefCell::new(None) };
-}
-
-impl Faults {
-    /// Calls the engine with what this thread of a device needs for it.
-    fn with_executor<R>(
-        &self,
-        address: VirtAddr,
-        call: impl FnOnce(&Engine<'static>, &mut Executor) -> Result<R, DeviceFaultError>,
-    ) -> Result<R, DeviceFaultError> {
-        hmm_os::uncatching(|| {
-            EXECUTOR.with_borrow_mut(|executor| {
-                if executor.is_none() {
-                    let Some(bounce) = care::bounce() else {
-                        return Err(DeviceFaultError::Unreachable {
-                            address,
-                            reason: hmm_types::StayReason::NoSystemMemory,
-                        });
-                    };
-                    let worker = Executor::worker(bounce.range().start());
-                    *executor = Some((hmm_mem::boxed(worker), bounce));
-                }
-                match executor {
-                    Some((executor, _)) => call(&self.0.engine, executor),
-                    None => unreachable!("made above"),
-                }
-            })
-        })
-    }
-}
-
-impl FaultHandler for Faults {
-    fn device_fault(
-        &self,
-        device: DeviceId,
-        address: VirtAddr,
-        access: Access,
-    ) -> Result<Resolution, DeviceFaultError> {
-        self.with_executor(address, |engine, executor| {
-            engine.device_fault(executor, device, address, access)
-        })
-    }
-
-    fn fault_range(
-        &self,
-        device: DeviceId,
-        range: PageRange,
-        access: Access,
-        reach: Reach,
-    ) -> Result<PageCount, DeviceFaultError> {
-        self.with_executor(range.start(), |engine, executor| {
-            engine.fault_range(executor, device, range, access, reach)
-        })
-    }
-
-    fn command_begins(&self, device: DeviceId) {
-        self.0.engine.command_begins(device);
-    }
-
-    fn wait_for_progress(&self) {
-        self.0.engine.wait_for_transition();
+        self.engine.spawn(name, body)
     }
 }

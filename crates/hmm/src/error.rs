@@ -57,6 +57,9 @@ pub enum Error {
     /// The software device could not be made.
     #[error("cannot make the software device: {0}")]
     Software(#[from] hmm_soft::SoftError),
+    /// The Vulkan device could not be made.
+    #[error("cannot make the Vulkan device: {0}")]
+    Vulkan(#[from] hmm_vulkan::VulkanError),
     /// The device was not accepted.
     #[error(transparent)]
     AddDevice(#[from] hmm_core::AddDeviceError),

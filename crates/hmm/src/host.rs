@@ -38,6 +38,7 @@ pub(crate) struct Host {
     devices: [OnceLock<&'static dyn Device>; MAX_DEVICES],
     /// To be closed at the end: their workers are engine threads.
     software: Mutex<hmm_mem::Vec<&'static SoftDevice>>,
+    vulkan: Mutex<hmm_mem::Vec<&'static hmm_vulkan::VulkanDevice>>,
     /// Regions that other processes can attach.
     sharing: Mutex<hmm_mem::Vec<Sharing>>,
     stopping: AtomicBool,
@@ -113,6 +114,28 @@ impl Host {
         }
     }
 
+    /// A migration by as many workers as there are.
+    pub(crate) fn move_all(
+        &'static self,
+        range: Option<PageRange>,
+        to: Destination,
+    ) -> Result<Prefetch, Error> {
+        let parts = |workers| self.begin(range.map(|range| in_parts(range, to, workers)));
+        match parts(self.workers) {
+            // For one part there may be room.
+            Err(Error::QueueFull { .. }) => parts(1),
+            result => result,
+        }
+    }
+
+    fn begin<R>(&'static self, requests: Option<R>) -> Result<Prefetch, Error>
+    where
+        R: Iterator<Item = Request>,
+    {
+        let numbers = self.submit(requests.into_iter().flatten())?;
+        Ok(Prefetch::new(self, numbers))
+    }
+
     /// Has a thread of the engine look at what its locks protect. The program's
     /// own threads must not hold them: one can stop at any instruction, because
     /// its stack is on a device or a signal handler of the program's touches what
@@ -159,6 +182,10 @@ impl Host {
 
     pub(crate) fn keep_software(&self, device: &'static SoftDevice) {
         self.software.lock().push(device);
+    }
+
+    pub(crate) fn keep_vulkan(&self, device: &'static hmm_vulkan::VulkanDevice) {
+        self.vulkan.lock().push(device);
     }
 
     pub(crate) fn keep_sharing(&self, sharing: Sharing) {
@@ -212,6 +239,11 @@ impl Host {
         std::mem::swap(&mut software, &mut *self.software.lock());
         for device in software {
             SoftwareDevice::close(self, device);
+        }
+        let mut vulkan = hmm_mem::vec();
+        std::mem::swap(&mut vulkan, &mut *self.vulkan.lock());
+        for device in vulkan {
+            device.close();
         }
         self.threads.run_on_root(|| self.space.interrupt());
         self.rota.call_all();
@@ -285,6 +317,7 @@ impl Hmm {
             workers: builder.workers,
             devices: [const { OnceLock::new() }; MAX_DEVICES],
             software: Mutex::new(Rank::Control, hmm_mem::vec()),
+            vulkan: Mutex::new(Rank::Control, hmm_mem::vec()),
             sharing: Mutex::new(Rank::Control, hmm_mem::vec()),
             stopping: AtomicBool::new(false),
             running: Mutex::new(Rank::Control, hmm_mem::vec()),
@@ -318,6 +351,32 @@ impl Hmm {
             return Err(Error::Forked);
         }
         SoftwareDevice::open(self.host(), options)
+    }
+
+    /// Adds a Vulkan device: a GPU, or Mesa's lavapipe where there is none. Open it
+    /// early: what other threads map at that moment never migrates.
+    ///
+    /// # Errors
+    /// [`Error::Vulkan`]: there is no Vulkan, no such device, or it lacks something.
+    /// [`Error::AddDevice`]: the engine has as many devices as it can.
+    ///
+    /// ```
+    /// let hmm = hmm::Hmm::open()?;
+    /// match hmm.add_vulkan_device(hmm::VulkanOptions::new(hmm::ByteCount::mib(16))) {
+    ///     Ok(device) => println!("{} with {}", device.name(), device.memory()),
+    ///     Err(why) => println!("{why}"),
+    /// }
+    /// hmm.shutdown()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn add_vulkan_device(
+        &self,
+        options: crate::VulkanOptions<'_>,
+    ) -> Result<crate::VulkanDevice, Error> {
+        if !self.host().is_own_process() {
+            return Err(Error::Forked);
+        }
+        crate::VulkanDevice::open(self.host(), options)
     }
 
     /// Makes memory that other processes can [`attach`](crate::attach) at `path`, and
@@ -440,23 +499,15 @@ impl Hmm {
             .and_then(Self::judged)
     }
 
-    /// A migration by as many workers as there are.
     fn move_all(&self, range: Option<PageRange>, to: Destination) -> Result<Prefetch, Error> {
-        let parts = |workers| self.begin(range.map(|range| in_parts(range, to, workers)));
-        match parts(self.host().workers) {
-            // For one part there may be room.
-            Err(Error::QueueFull { .. }) => parts(1),
-            result => result,
-        }
+        self.host().move_all(range, to)
     }
 
     fn begin<R>(&self, requests: Option<R>) -> Result<Prefetch, Error>
     where
         R: Iterator<Item = Request>,
     {
-        let host = self.host();
-        let numbers = host.submit(requests.into_iter().flatten())?;
-        Ok(Prefetch::new(host, numbers))
+        self.host().begin(requests)
     }
 
     /// A report, unless nothing of the request was there at all.

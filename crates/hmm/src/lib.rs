@@ -59,6 +59,7 @@
 mod builder;
 mod care;
 mod device;
+mod embed;
 mod error;
 mod host;
 mod jobs;
@@ -67,6 +68,7 @@ mod report;
 mod residency;
 mod rota;
 mod shared;
+mod vulkan;
 
 pub use builder::Builder;
 pub use device::{SoftwareDevice, SoftwareOptions};
@@ -77,6 +79,7 @@ pub use memory::Memory;
 pub use report::{Report, StayedRange};
 pub use residency::Residency;
 pub use shared::{AttachedRegion, SharedRegion, attach};
+pub use vulkan::{Used, VulkanDevice, VulkanOptions};
 
 pub use hmm_core::{Destination, MirrorEntry, NotifierId, Sequence, Settings, StatsSnapshot};
 pub use hmm_hal::{DeviceFaultError, Reach};
@@ -90,6 +93,11 @@ pub use hmm_soft::{
 pub use hmm_types::{
     Access, ByteCount, DeviceId, MemoryKind, PAGE_SIZE, PageCount, PageRange, PageResidency,
     RangeError, StayReason, VirtAddr,
+};
+pub use hmm_vulkan::{
+    AddressPolicy, Choice as VulkanChoice, Demand, Description as VulkanDescription,
+    LaunchError as LaunchVulkanError, LaunchReport as VulkanReport, Program, ProgramOptions,
+    VulkanError, VulkanStats, list as list_vulkan,
 };
 
 /// Engine memory in use: everything that the engine and its software devices

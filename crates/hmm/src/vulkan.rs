@@ -1,0 +1,191 @@
+//! A GPU, as a program uses it.
+
+use hmm_core::Destination;
+use hmm_hal::Device;
+use hmm_types::{Access, ByteCount, DeviceId, PageRange, VirtAddr};
+use hmm_vulkan::{Choice, Description, LaunchReport, Program, VulkanConfig, VulkanStats};
+
+use crate::embed::{Faults, InEngine};
+use crate::host::Host;
+use crate::{Error, LaunchVulkanError, Prefetch};
+
+/// How a Vulkan device is to be.
+#[derive(Clone, Copy, Debug)]
+pub struct VulkanOptions<'a>(pub(crate) VulkanConfig<'a>);
+
+impl<'a> VulkanOptions<'a> {
+    /// The first device that can be used, with this much memory for pages; processors
+    /// (Mesa's lavapipe) come last.
+    #[must_use]
+    pub const fn new(memory: ByteCount) -> Self {
+        Self(VulkanConfig::new(memory))
+    }
+
+    /// Which device.
+    #[must_use]
+    pub const fn device(mut self, choice: Choice<'a>) -> Self {
+        self.0.device = choice;
+        self
+    }
+
+    /// Overwrite frames when they are freed, so that a use after free shows: for tests.
+    #[must_use]
+    pub const fn poison_freed(mut self, on: bool) -> Self {
+        self.0.poison_freed = on;
+        self
+    }
+}
+
+/// A Vulkan device of an engine. Copies of the handle are the same device.
+#[derive(Clone, Copy, Debug)]
+pub struct VulkanDevice {
+    host: &'static Host,
+    device: &'static hmm_vulkan::VulkanDevice,
+    id: DeviceId,
+}
+
+impl VulkanDevice {
+    pub(crate) fn open(host: &'static Host, options: VulkanOptions<'_>) -> Result<Self, Error> {
+        let embedder = hmm_mem::leaked(InEngine(host));
+        let device = hmm_vulkan::VulkanDevice::open_with(options.0, embedder)?;
+        let added = host.add_device(device).and_then(|id| {
+            device.attach(id, hmm_mem::leaked(Faults(host)))?;
+            Ok(id)
+        });
+        match added {
+            Ok(id) => {
+                host.keep_vulkan(device);
+                Ok(Self { host, device, id })
+            }
+            Err(error) => {
+                device.close();
+                Err(error)
+            }
+        }
+    }
+
+    /// What requests name it by.
+    #[must_use]
+    pub const fn id(&self) -> DeviceId {
+        self.id
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        self.device.info().name
+    }
+
+    /// Size of its memory.
+    #[must_use]
+    pub fn memory(&self) -> ByteCount {
+        self.device.info().memory
+    }
+
+    /// Memory of it that is free now.
+    #[must_use]
+    pub fn free_memory(&self) -> ByteCount {
+        self.device.free_pages().bytes()
+    }
+
+    /// What it is, for people.
+    #[must_use]
+    pub fn describe(&self) -> Description {
+        self.device.describe()
+    }
+
+    /// The device behind it, which takes programs in
+    /// ([`hmm_vulkan::VulkanDevice::program`]).
+    #[must_use]
+    pub const fn driver(&self) -> &'static hmm_vulkan::VulkanDevice {
+        self.device
+    }
+
+    /// Runs a program over a grid of workgroups, with pages coming as it meets them, and
+    /// waits until that is done.
+    ///
+    /// # Errors
+    /// [`LaunchVulkanError`]: an access in error, a program that cannot demand pages, a
+    /// kernel that runs for too long, a device that is lost or removed.
+    pub fn launch(
+        &self,
+        program: &Program,
+        groups: [u32; 3],
+        push_constants: &[u8],
+    ) -> Result<LaunchReport, LaunchVulkanError> {
+        program.launch(groups, push_constants, &[])
+    }
+
+    /// The same with everything named that the program follows pointers to: all pages of
+    /// it come to the device first and stay until the end, and nothing is checked.
+    /// Memory that is not whole pages is rounded *outwards*: the program touches all of
+    /// it.
+    ///
+    /// # Errors
+    /// As [`VulkanDevice::launch`]; and when that memory is more than the device's, or
+    /// some of it cannot migrate.
+    pub fn launch_with(
+        &self,
+        program: &Program,
+        groups: [u32; 3],
+        push_constants: &[u8],
+        uses: &[Used],
+    ) -> Result<LaunchReport, LaunchVulkanError> {
+        let ranges: Vec<_> = uses.iter().map(|used| (used.range, used.access)).collect();
+        for used in uses {
+            // What stays is asked for page by page, and then in error.
+            let to = Destination::Device(self.id);
+            let moved = self.host.move_all(Some(used.range), to);
+            drop(moved.map(Prefetch::wait));
+        }
+        program.launch(groups, push_constants, &ranges)
+    }
+
+    /// Brings everything home from the device, ends it and gives its memory back. Pages
+    /// that could not be brought home stay there, and the device with them: then the
+    /// answer is false.
+    ///
+    /// # Errors
+    /// As [`crate::Hmm::migrate`].
+    pub fn remove(&self) -> Result<bool, Error> {
+        let clean = self.host.remove_device(self.id)?;
+        if clean {
+            self.device.close();
+        }
+        Ok(clean)
+    }
+
+    /// What the device has counted.
+    #[must_use]
+    pub fn stats(&self) -> VulkanStats {
+        self.device.stats()
+    }
+}
+
+/// Memory that a program uses, as whole pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Used {
+    range: PageRange,
+    access: Access,
+}
+
+impl Used {
+    /// It reads these items.
+    #[must_use]
+    pub fn read<T>(items: *const [T]) -> Option<Self> {
+        Self::new(items, Access::Read)
+    }
+
+    /// It reads and writes them.
+    #[must_use]
+    pub fn write<T>(items: *mut [T]) -> Option<Self> {
+        Self::new(items, Access::Write)
+    }
+
+    /// The pages that hold a part of the items; `None` when there are none.
+    fn new<T>(items: *const [T], access: Access) -> Option<Self> {
+        let bytes = (items.len() as u64).checked_mul(size_of::<T>() as u64)?;
+        let range = PageRange::covering(VirtAddr::of(items.cast::<T>()), bytes).ok()?;
+        Some(Self { range, access })
+    }
+}
