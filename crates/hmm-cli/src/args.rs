@@ -69,27 +69,56 @@ pub struct InfoOptions {
 #[command(after_help = "What happens:
   The file is cut into pieces. Each different piece becomes a node in ordinary heap
   memory: a Box with its text and its positions in Vecs, and pointers to other nodes.
-  Kernels on a software device get the raw pointers, walk the lists and change the
-  nodes, while a CPU thread looks up and changes nodes as well. Then everything is
+  Kernels on a device get the raw pointers, walk the lists and change the nodes,
+  while a CPU thread looks up and changes nodes as well. Then everything is
   compared, byte for byte, with what the CPU computes alone.
 
 Examples:
   hmm demo
   hmm demo /bin/bash
   hmm demo book.txt --device-memory 4      too little: watch the device evict
+  hmm demo --device vulkan                 a compute shader on a GPU, or on lavapipe
   hmm demo --json | jq .pages_to_device
 
 Exit status: 0 when every byte is right; 1 when not, or on an error.")]
 pub struct DemoOptions {
     /// The file to index, at most 1 GiB [default: this program's own executable]
     pub file: Option<PathBuf>,
-    /// Memory of the software device, in MiB
+    /// The device: `software`, `vulkan` (the first that can be used), or `vulkan=NAME`
+    /// (the first with that in its name)
+    #[arg(long, value_name = "DEVICE", default_value = "software")]
+    pub device: DeviceKind,
+    /// Memory of the device, in MiB
     #[arg(long, value_name = "MIB", default_value_t = 256,
           value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
     pub device_memory: u64,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
+}
+
+/// Which device is to work.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DeviceKind {
+    /// Threads of this process.
+    Software,
+    /// The first Vulkan device that can be used.
+    Vulkan,
+    /// The first Vulkan device with this in its name.
+    VulkanNamed(String),
+}
+
+impl std::str::FromStr for DeviceKind {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.split_once('=') {
+            None if text == "software" => Ok(Self::Software),
+            None if text == "vulkan" => Ok(Self::Vulkan),
+            Some(("vulkan", name)) if !name.is_empty() => Ok(Self::VulkanNamed(name.to_owned())),
+            _ => Err("`software`, `vulkan` or `vulkan=NAME` can be".to_owned()),
+        }
+    }
 }
 
 /// `hmm run`

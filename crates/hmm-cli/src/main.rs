@@ -2,8 +2,8 @@
 //! file, and benchmarks against what the hardware and the kernel can do.
 //!
 //! Everything it does with devices goes through the public library. The only
-//! unsafe code is in [`floor`]: the benchmarks' own memory and the barest
-//! userfaultfd handler, which the library is measured against.
+//! unsafe code is in [`floor`] (the benchmarks' own memory and the barest
+//! userfaultfd handler, which the library is measured against) and in [`shader`].
 #![deny(unsafe_code)]
 
 mod args;
@@ -17,6 +17,11 @@ mod floor;
 mod info;
 mod memory;
 mod run;
+#[allow(
+    unsafe_code,
+    reason = "drivers do not check the shaders that they are given"
+)]
+mod shader;
 mod table;
 
 use std::io::{self, Write};

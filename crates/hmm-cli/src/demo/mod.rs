@@ -5,13 +5,16 @@
 //! | `input` | the file |
 //! | `index` | the structure in ordinary heap memory |
 //! | `digest` | what is computed, on either side |
-//! | `kernel` | the device's side |
+//! | `device` | the device: software or Vulkan |
+//! | `kernel` | the device's side, in software |
+//! | `walk.comp` | the same as a compute shader |
 //! | `touch` | the CPU thread that works on the nodes meanwhile |
 //! | `check` | the same computation on the CPU alone, and the comparison |
 //! | `spans` | which pages the structure is on |
 //! | `show` | what a person or a program reads at the end |
 
 mod check;
+mod device;
 mod digest;
 mod index;
 mod input;
@@ -25,11 +28,12 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use anyhow::{Context as _, bail};
-use hmm::{ByteCount, Hmm, Residency, SoftwareDevice, SoftwareOptions};
+use hmm::{ByteCount, Hmm, Residency};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::args::DemoOptions;
 use check::Expected;
+use device::Walker;
 use index::Index;
 use kernel::{PROGRESS, ROUNDS};
 use show::{Maps, Outcome};
@@ -49,9 +53,8 @@ pub fn run(options: &DemoOptions) -> anyhow::Result<ExitCode> {
     let expected = Expected::compute(&index, &input.bytes);
 
     let hmm = Hmm::open().context("cannot open the engine; `hmm info` shows what is missing")?;
-    let device = hmm.add_software_device(
-        SoftwareOptions::new(ByteCount::mib(options.device_memory)).workers(WORKERS),
-    )?;
+    let memory = ByteCount::mib(options.device_memory);
+    let device = Walker::open(&hmm, &options.device, memory)?;
     let demo = Demo {
         hmm: &hmm,
         device: &device,
@@ -74,13 +77,10 @@ pub fn run(options: &DemoOptions) -> anyhow::Result<ExitCode> {
     })
 }
 
-/// Threads of the device that run the kernels.
-const WORKERS: usize = 2;
-
 /// Everything that one run needs.
 struct Demo<'a> {
     hmm: &'a Hmm,
-    device: &'a SoftwareDevice,
+    device: &'a Walker,
     index: &'a Index<'a>,
     expected: &'a Expected,
     spans: Vec<Span>,
@@ -139,17 +139,11 @@ impl Demo<'_> {
     }
 
     /// Hands the head of each list to the device, once a round.
-    fn launch_all(&self) -> Result<kernel::Totals, hmm::LaunchError> {
+    fn launch_all(&self) -> anyhow::Result<kernel::Totals> {
         PROGRESS.store(0, Ordering::Relaxed);
         let mut totals = kernel::Totals::default();
-        let heads = self.index.heads_pointer();
         for round in 0..ROUNDS as u64 {
-            let report = self
-                .device
-                .launch(self.index.heads.len(), |context, list| {
-                    kernel::walk(context, heads.at(list), round)
-                })?;
-            totals.add(&report);
+            self.device.walk(self.index, round, &mut totals)?;
         }
         Ok(totals)
     }
