@@ -174,13 +174,12 @@ impl Engine<'_> {
             None if self.is_coherent(device) => StayReason::Limit,
             None => {
                 let window = self.device_window(address);
-                let mut report = MigrationReport::new();
-                self.migrate_to_device(executor, window, device, window, &mut report);
-                let stayed = report
-                    .stayed
-                    .iter()
-                    .find(|stayed| stayed.range.overlaps(page))
-                    .map(|stayed| stayed.reason);
+                let mut stayed = self.fetch_window(executor, device, window, page);
+                let in_place = self.devices.slot(device).device.info().system_memory;
+                if stayed == Some(StayReason::NoDeviceMemory) && !in_place {
+                    // The window alone may fill the device.
+                    stayed = self.fetch_window(executor, device, page, page);
+                }
                 match stayed {
                     None => return Ok(Resolution::Mapped),
                     Some(StayReason::Raced | StayReason::Busy) => return Ok(Resolution::Retry),
@@ -203,6 +202,21 @@ impl Engine<'_> {
             }
         }
         self.use_in_place(executor, page, target, reason)
+    }
+
+    /// Brings a window to a device; why a page of it stayed, if it did.
+    fn fetch_window(
+        &self,
+        executor: &mut Executor,
+        device: DeviceId,
+        window: PageRange,
+        page: PageRange,
+    ) -> Option<StayReason> {
+        let mut report = MigrationReport::new();
+        self.migrate_to_device(executor, window, device, window, &mut report);
+        let mut stayed = report.stayed.iter();
+        let stayed = stayed.find(|stayed| stayed.range.overlaps(page));
+        stayed.map(|stayed| stayed.reason)
     }
 
     /// Has the device use a page where it is, though it would rather have it:
