@@ -76,6 +76,8 @@ pub mod control {
     pub const DISPATCHED: u64 = 108;
     /// Host: bound of one stall, in polls.
     pub const STALL_POLLS: u64 = 120;
+    /// Host: 0. Kernels read it where a driver must not know that it is 0.
+    pub const ZERO: u64 = 124;
     /// Size of the block.
     pub const SIZE: u64 = 128;
 }

@@ -67,7 +67,13 @@ pub fn instrument(words: &[u32], options: Options) -> Result<Instrumented, Spirv
         .any(|it| reach::writes(it, &types));
     let mut build = Gen::new(&module);
     let mut runtime = Runtime::new(&mut build, variant);
-    let mut rewriter = Rewriter::new(&mut build, &mut runtime, &mut types, &leaving);
+    let mut rewriter = Rewriter::new(
+        &mut build,
+        &mut runtime,
+        &mut types,
+        &leaving,
+        info.accesses,
+    );
     module.functions = std::mem::take(&mut module.functions)
         .into_iter()
         .map(|function| rewriter.function(function))

@@ -1,6 +1,6 @@
 //! Translation before every access of a function.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use rspirv::spirv::{MemoryAccess, Op, StorageClass};
 
@@ -14,6 +14,9 @@ use crate::structure;
 use crate::types::{Type, Types};
 use crate::{build::Gen, contract::Variant};
 
+/// Accesses whose early returns may nest in what a driver makes of them.
+const FEW: usize = 24;
+
 /// Puts translations into functions.
 #[derive(Debug)]
 pub(crate) struct Rewriter<'a> {
@@ -21,9 +24,11 @@ pub(crate) struct Rewriter<'a> {
     pub(crate) runtime: &'a mut Runtime,
     pub(crate) types: &'a mut Types,
     /// Functions in which an invocation may give up.
-    pub(crate) leaving: &'a std::collections::HashSet<u32>,
+    pub(crate) leaving: &'a HashSet<u32>,
     /// Ids that are copies of others: the original and the copy.
     pub(crate) copied: Vec<(u32, u32)>,
+    /// Whether the module has so many early returns that these must not nest.
+    many: bool,
     /// TLB slots by where pointers come from.
     slots: HashMap<(u32, Vec<u32>), usize>,
 }
@@ -33,7 +38,8 @@ impl<'a> Rewriter<'a> {
         build: &'a mut Gen,
         runtime: &'a mut Runtime,
         types: &'a mut Types,
-        leaving: &'a std::collections::HashSet<u32>,
+        leaving: &'a HashSet<u32>,
+        accesses: usize,
     ) -> Self {
         Self {
             build,
@@ -41,6 +47,7 @@ impl<'a> Rewriter<'a> {
             types,
             leaving,
             copied: Vec::new(),
+            many: accesses > FEW,
             slots: HashMap::new(),
         }
     }
@@ -49,7 +56,7 @@ impl<'a> Rewriter<'a> {
     pub(crate) fn function(&mut self, mut function: Function) -> Result<Function, SpirvError> {
         let faults = self.runtime.variant.faults();
         let unchanged = function.clone();
-        let mut rounds = std::collections::HashSet::new();
+        let mut rounds = HashSet::new();
         if faults {
             let (types, leaving) = (&*self.types, self.leaving);
             let may_leave = |inst: &Inst| {
@@ -107,6 +114,10 @@ impl<'a> Rewriter<'a> {
         }
         function.blocks = blocks;
         structure::rename_predecessors(&mut function, &moved);
+        if self.many && self.leaving.contains(&function.def.id) {
+            let again = self.runtime.zero(self.build);
+            structure::wrap_in_loop(&mut function, self.build, again);
+        }
         Ok(function)
     }
 }

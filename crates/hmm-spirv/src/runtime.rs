@@ -61,6 +61,7 @@ pub(crate) struct Runtime {
     pub(crate) wrote: u32,
     fuel: u32,
     stall_fns: Vec<(Kind, u32)>,
+    zero: Option<u32>,
     /// All variables, for the entry point's interface.
     pub(crate) variables: Vec<u32>,
     /// The functions that were needed.
@@ -100,6 +101,7 @@ impl Runtime {
             wrote: 0,
             fuel: 0,
             stall_fns: Vec::new(),
+            zero: None,
             variables: Vec::new(),
             functions: Vec::new(),
         };
@@ -127,6 +129,21 @@ impl Runtime {
             let value = code.read_long(address, Fresh::No);
             code.set(variable, value);
         }
+        if let Some(variable) = self.zero {
+            let address = self.field(code, control::ZERO);
+            let value = code.read_word(address, Fresh::No);
+            code.set(variable, value);
+        }
+    }
+
+    /// A variable that holds 0, unknown to the driver.
+    pub(crate) fn zero(&mut self, build: &mut Gen) -> u32 {
+        *self.zero.get_or_insert_with(|| {
+            let (uint, zero) = (build.uint(), build.word(0));
+            let id = build.private(uint, zero);
+            self.variables.push(id);
+            id
+        })
     }
 
     fn uniform(&self, code: &mut Code<'_>, offset: u64) -> u32 {
