@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use rspirv::spirv::{Capability, Decoration, Op};
 
+use crate::access;
 use crate::analyse::{self, KernelInfo};
 use crate::build::Gen;
 use crate::check;
@@ -39,6 +40,9 @@ pub struct Instrumented {
     pub capabilities: Vec<Capability>,
 }
 
+/// Early returns that may nest in what a driver makes of them.
+const FEW: usize = 24;
+
 /// Puts address translation into a kernel.
 ///
 /// # Errors
@@ -66,14 +70,12 @@ pub fn instrument(words: &[u32], options: Options) -> Result<Instrumented, Spirv
         .flat_map(|it| it.insts())
         .any(|it| reach::writes(it, &types));
     let mut build = Gen::new(&module);
-    let mut runtime = Runtime::new(&mut build, variant);
-    let mut rewriter = Rewriter::new(
+    let mut runtime = Runtime::new(
         &mut build,
-        &mut runtime,
-        &mut types,
-        &leaving,
-        info.accesses,
+        variant,
+        returns(&module, &types, &leaving)? > FEW,
     );
+    let mut rewriter = Rewriter::new(&mut build, &mut runtime, &mut types, &leaving);
     module.functions = std::mem::take(&mut module.functions)
         .into_iter()
         .map(|function| rewriter.function(function))
@@ -100,6 +102,19 @@ pub fn instrument(words: &[u32], options: Options) -> Result<Instrumented, Spirv
         info,
         capabilities,
     })
+}
+
+/// How many places of a module an invocation may give up at.
+fn returns(module: &Module, types: &Types, leaving: &HashSet<u32>) -> Result<usize, SpirvError> {
+    let mut count = 0;
+    for inst in module.functions.iter().flat_map(|it| it.insts()) {
+        if access::physical_access(inst, types).is_some() {
+            count += access::parts(inst, types)?.len();
+        } else if inst.op == Op::FunctionCall && leaving.contains(&inst.args[0]) {
+            count += 1;
+        }
+    }
+    Ok(count)
 }
 
 /// Refuses a kernel whose invocations cannot be run one by one.

@@ -14,9 +14,6 @@ use crate::structure;
 use crate::types::{Type, Types};
 use crate::{build::Gen, contract::Variant};
 
-/// Accesses whose early returns may nest in what a driver makes of them.
-const FEW: usize = 24;
-
 /// Puts translations into functions.
 #[derive(Debug)]
 pub(crate) struct Rewriter<'a> {
@@ -27,8 +24,6 @@ pub(crate) struct Rewriter<'a> {
     pub(crate) leaving: &'a HashSet<u32>,
     /// Ids that are copies of others: the original and the copy.
     pub(crate) copied: Vec<(u32, u32)>,
-    /// Whether the module has so many early returns that these must not nest.
-    many: bool,
     /// TLB slots by where pointers come from.
     slots: HashMap<(u32, Vec<u32>), usize>,
 }
@@ -39,7 +34,6 @@ impl<'a> Rewriter<'a> {
         runtime: &'a mut Runtime,
         types: &'a mut Types,
         leaving: &'a HashSet<u32>,
-        accesses: usize,
     ) -> Self {
         Self {
             build,
@@ -47,7 +41,6 @@ impl<'a> Rewriter<'a> {
             types,
             leaving,
             copied: Vec::new(),
-            many: accesses > FEW,
             slots: HashMap::new(),
         }
     }
@@ -114,8 +107,9 @@ impl<'a> Rewriter<'a> {
         }
         function.blocks = blocks;
         structure::rename_predecessors(&mut function, &moved);
-        if self.many && self.leaving.contains(&function.def.id) {
-            let again = self.runtime.zero(self.build);
+        if let Some(again) = self.runtime.zero
+            && self.leaving.contains(&function.def.id)
+        {
             structure::wrap_in_loop(&mut function, self.build, again);
         }
         Ok(function)

@@ -61,7 +61,8 @@ pub(crate) struct Runtime {
     pub(crate) wrote: u32,
     fuel: u32,
     stall_fns: Vec<(Kind, u32)>,
-    zero: Option<u32>,
+    /// Holds 0, which the driver does not know, where many returns must not nest.
+    pub(crate) zero: Option<u32>,
     /// All variables, for the entry point's interface.
     pub(crate) variables: Vec<u32>,
     /// The functions that were needed.
@@ -69,7 +70,8 @@ pub(crate) struct Runtime {
 }
 
 impl Runtime {
-    pub(crate) fn new(build: &mut Gen, variant: Variant) -> Self {
+    /// `many`: the kernel has so many early returns that they must not nest.
+    pub(crate) fn new(build: &mut Gen, variant: Variant, many: bool) -> Self {
         let ulong = build.ulong();
         let [low, high] = halves(0);
         let address = build.global(Op::SpecConstant, ulong, &[low, high]);
@@ -113,6 +115,10 @@ impl Runtime {
             runtime.fault = variable(build, ulong, long_0);
             runtime.fuel = variable(build, uint, fuel);
         }
+        if many && variant.faults() {
+            let zero = build.word(0);
+            runtime.zero = Some(variable(build, uint, zero));
+        }
         runtime.variables = variables;
         runtime
     }
@@ -134,16 +140,6 @@ impl Runtime {
             let value = code.read_word(address, Fresh::No);
             code.set(variable, value);
         }
-    }
-
-    /// A variable that holds 0, unknown to the driver.
-    pub(crate) fn zero(&mut self, build: &mut Gen) -> u32 {
-        *self.zero.get_or_insert_with(|| {
-            let (uint, zero) = (build.uint(), build.word(0));
-            let id = build.private(uint, zero);
-            self.variables.push(id);
-            id
-        })
     }
 
     fn uniform(&self, code: &mut Code<'_>, offset: u64) -> u32 {
@@ -196,7 +192,18 @@ impl Runtime {
     /// invocation has given up.
     pub(crate) fn leave_if_dead(&self, code: &mut Code<'_>, result: u32) {
         let dead = self.is_dead(code);
-        code.rarely(dead, |code| leave(code, result));
+        code.rarely(dead, |code| match self.zero {
+            None => leave(code, result),
+            // A driver moves what follows a plain break into an else. What it
+            // must read first it cannot make a part of one condition.
+            Some(_) => {
+                let zero = self.field(code, control::ZERO);
+                let value = code.read_word(zero, Fresh::Yes);
+                let none = code.build.word(0);
+                let always = code.test(Op::IEqual, &[value, none]);
+                code.rarely(always, |code| leave(code, result));
+            }
+        });
     }
 
     /// Whether the invocation has given up.
