@@ -127,6 +127,17 @@ pub enum SpirvError {
         "specialisation constant {0} is the kernel's own; choose another for the control block"
     )]
     SpecIdTaken(u32),
+    /// Too many places at which the stalling variant would poll.
+    #[error(
+        "{places} accesses and calls would each carry a polling loop, with which drivers take \
+         minutes; {max} may: use the checked variant, or loops in place of repeated code"
+    )]
+    TooManyStalls {
+        /// Accesses, parts of accesses, and calls of functions with such.
+        places: usize,
+        /// How many are allowed.
+        max: usize,
+    },
     /// The module would grow beyond what SPIR-V allows.
     #[error("the module needs more than {max} ids")]
     TooLarge {

@@ -43,6 +43,10 @@ pub struct Instrumented {
 /// Early returns that may nest in what a driver makes of them.
 const FEW: usize = 24;
 
+/// Places at which a kernel may stall. lavapipe compiles 40 within seconds, and
+/// 100 not within minutes.
+const MAX_STALLS: usize = 48;
+
 /// Puts address translation into a kernel.
 ///
 /// # Errors
@@ -70,11 +74,14 @@ pub fn instrument(words: &[u32], options: Options) -> Result<Instrumented, Spirv
         .flat_map(|it| it.insts())
         .any(|it| reach::writes(it, &types));
     let mut build = Gen::new(&module);
-    let mut runtime = Runtime::new(
-        &mut build,
-        variant,
-        returns(&module, &types, &leaving)? > FEW,
-    );
+    let places = returns(&module, &types, &leaving)?;
+    if variant == Variant::Stall && places > MAX_STALLS {
+        return Err(SpirvError::TooManyStalls {
+            places,
+            max: MAX_STALLS,
+        });
+    }
+    let mut runtime = Runtime::new(&mut build, variant, places > FEW);
     let mut rewriter = Rewriter::new(&mut build, &mut runtime, &mut types, &leaving);
     module.functions = std::mem::take(&mut module.functions)
         .into_iter()
