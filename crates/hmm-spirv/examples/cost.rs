@@ -15,13 +15,14 @@ const MIB: u64 = 1 << 20;
 const ROUNDS: usize = 11;
 
 type Setup = fn(&mut Host) -> Case;
+type Relocate = Box<dyn Fn(&mut Host, u64)>;
 
 /// A kernel with its arguments for memory that is moved by some bytes.
 struct Case {
     groups: u32,
     args: Box<dyn Fn(u64) -> Vec<u8>>,
     /// Moves the pointers in memory.
-    relocate: Box<dyn Fn(&mut Host, u64)>,
+    relocate: Relocate,
 }
 
 fn plain(groups: u32, args: impl Fn(u64) -> Vec<u8> + 'static) -> Case {

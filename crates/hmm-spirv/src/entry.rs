@@ -8,7 +8,8 @@ use crate::build::{Code, Fresh, Gen};
 use crate::contract::{Variant, control};
 use crate::error::SpirvError;
 use crate::module::{Function, Inst, Module, WIDE_SWITCH};
-use crate::runtime::{Runtime, elect};
+use crate::runtime::Runtime;
+use crate::stall::elect;
 use crate::types::Types;
 
 /// Variables that hold built-in values, and decorations for new ones.

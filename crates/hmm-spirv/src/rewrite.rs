@@ -7,6 +7,7 @@ use rspirv::spirv::{MemoryAccess, Op, StorageClass};
 use crate::access::{Origins, Part, memory_operand_at, parts, physical_access};
 use crate::build::Code;
 use crate::error::SpirvError;
+use crate::flat;
 use crate::module::{Block, Function, Inst};
 use crate::reach;
 use crate::runtime::{Kind, Runtime};
@@ -110,7 +111,7 @@ impl<'a> Rewriter<'a> {
         if let Some(again) = self.runtime.zero
             && self.leaving.contains(&function.def.id)
         {
-            structure::wrap_in_loop(&mut function, self.build, again);
+            flat::wrap_in_loop(&mut function, self.build, again);
         }
         Ok(function)
     }

@@ -10,8 +10,6 @@ use crate::module::{Function, Inst};
 const MAX_SLOTS: usize = 16;
 /// Rounds of loops that an invocation does before it looks whether it is to stop.
 const FUEL: u32 = 1 << 16;
-/// Polls of a stall after which a page is asked for again; a power of two.
-const ASK_AGAIN: u32 = 1 << 10;
 
 /// What an access does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -21,7 +19,7 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    const fn bit(self) -> u64 {
+    pub(crate) const fn bit(self) -> u64 {
         match self {
             Self::Read => table::READABLE,
             Self::Write => table::WRITABLE,
@@ -213,7 +211,7 @@ impl Runtime {
     }
 
     /// Where the table's leaf for an address lies.
-    fn leaf(&self, code: &mut Code<'_>, address: u32, fresh: Fresh) -> u32 {
+    pub(crate) fn leaf(&self, code: &mut Code<'_>, address: u32, fresh: Fresh) -> u32 {
         let root = self.uniform(code, control::TABLE);
         let uint = code.build.uint();
         // Half of the words are compared at half of the price.
@@ -232,7 +230,7 @@ impl Runtime {
     }
 
     /// The table's entry for an address.
-    fn walk(&self, code: &mut Code<'_>, address: u32, fresh: Fresh) -> u32 {
+    pub(crate) fn walk(&self, code: &mut Code<'_>, address: u32, fresh: Fresh) -> u32 {
         let leaf = self.leaf(code, address, fresh);
         let shift = u64::from(table::PAGE_SHIFT) - 3;
         let offset = code.long_with(Op::ShiftRightLogical, address, shift);
@@ -338,150 +336,6 @@ impl Runtime {
         code.long(Op::IAdd, address, delta)
     }
 
-    /// Asks the table until no invocation of the subgroup misses.
-    fn stalling(&self, code: &mut Code<'_>, address: u32, kind: Kind) -> u32 {
-        let ulong = code.build.ulong();
-        let entry = code.local(ulong);
-        code.until(|code| {
-            let found = self.walk(code, address, Fresh::Yes);
-            code.set(entry, found);
-            let valid = code.has_bit(found, kind.bit());
-            let dead = self.is_dead(code);
-            let settled = code.test(Op::LogicalOr, &[valid, dead]);
-            let waits = code.test(Op::LogicalNot, &[settled]);
-            code.rarely(waits, |code| self.park(code, address, kind));
-            all(code, settled)
-        });
-        let entry = code.get(ulong, entry);
-        place(code, entry, address)
-    }
-
-    /// Logs a miss and polls until the page is there and no unmap waits.
-    fn park(&self, code: &mut Code<'_>, address: u32, kind: Kind) {
-        let (uint, bool) = (code.build.uint(), code.build.bool());
-        let (no, yes, zero) = (
-            code.build.flag(false),
-            code.build.flag(true),
-            code.build.word(0),
-        );
-        let fault = logged(code, address, kind);
-        self.report(code, fault);
-        let leader = elect(code);
-        let gave_up = code.local(bool);
-        let polls = code.local(uint);
-        let left = code.local(bool);
-        let [one, minus_one] = [code.build.word(1), code.build.word(u32::MAX)];
-        let parked = self.field(code, control::PARKED);
-        let yields = self.field(code, control::YIELD);
-        let stop = self.field(code, control::STOP);
-        let bound = self.field(code, control::STALL_POLLS);
-        let bound = code.read_word(bound, Fresh::No);
-        code.set(gave_up, no);
-        code.set(polls, zero);
-        code.set(left, no);
-        code.rarely(leader, |code| {
-            code.atomic(Op::AtomicIAdd, parked, one);
-        });
-        code.until(|code| {
-            code.fence();
-            let found = self.walk(code, address, Fresh::Yes);
-            let valid = code.has_bit(found, kind.bit());
-            let waiting = code.read_word(yields, Fresh::Yes);
-            let calm = code.test(Op::IEqual, &[waiting, zero]);
-            let served = code.test(Op::LogicalAnd, &[valid, calm]);
-            let stop = code.read_word(stop, Fresh::Yes);
-            let stopped = code.test(Op::INotEqual, &[stop, zero]);
-            let count = code.get(uint, polls);
-            let count = code.word(Op::IAdd, count, one);
-            code.set(polls, count);
-            // The page may have come and gone since it was asked for.
-            let now_and_then = code.word_with(Op::BitwiseAnd, count, ASK_AGAIN - 1);
-            let asks = code.test(Op::IEqual, &[now_and_then, zero]);
-            let misses = code.test(Op::LogicalNot, &[valid]);
-            let asks = code.test(Op::LogicalAnd, &[asks, misses]);
-            code.rarely(asks, |code| self.report(code, fault));
-            let over = code.test(Op::UGreaterThanEqual, &[count, bound]);
-            let stopped = code.test(Op::LogicalOr, &[stopped, over]);
-            let before = code.get(bool, gave_up);
-            let stopped = code.test(Op::LogicalOr, &[stopped, before]);
-            // Who is served already must not give up with the others.
-            let unserved = code.test(Op::LogicalNot, &[served]);
-            let given_up = code.test(Op::LogicalAnd, &[stopped, unserved]);
-            code.set(gave_up, given_up);
-            let ready = code.test(Op::LogicalOr, &[served, stopped]);
-            let ready = all(code, ready);
-            code.set(left, ready);
-            code.rarely(ready, |code| {
-                code.rarely(leader, |code| {
-                    code.atomic(Op::AtomicIAdd, parked, minus_one);
-                });
-                code.fence();
-                let waiting = code.read_word(yields, Fresh::Yes);
-                let calm = code.test(Op::IEqual, &[waiting, zero]);
-                let leave = code.test(Op::LogicalOr, &[calm, stopped]);
-                let leave = all(code, leave);
-                code.set(left, leave);
-                let back = code.test(Op::LogicalNot, &[leave]);
-                code.rarely(back, |code| {
-                    code.rarely(leader, |code| {
-                        code.atomic(Op::AtomicIAdd, parked, one);
-                    });
-                });
-            });
-            code.get(bool, left)
-        });
-        let gave_up = code.get(bool, gave_up);
-        code.rarely(gave_up, |code| code.set(self.dead, yes));
-    }
-
-    /// Writes a fault to the log, unless it is there.
-    pub(crate) fn report(&self, code: &mut Code<'_>, fault: u32) {
-        let one = code.build.word(1);
-        let leaf = self.leaf(code, fault, Fresh::Yes);
-        // Bit 2 * page + access of the leaf's wanted bits.
-        let page = code.long_with(
-            Op::ShiftRightLogical,
-            fault,
-            u64::from(table::PAGE_SHIFT) - 1,
-        );
-        let page = code.low_word(page);
-        let page = code.word_with(Op::BitwiseAnd, page, 2 * leaf_entries() - 2);
-        let access = code.low_word(fault);
-        let access = code.word(Op::BitwiseAnd, access, one);
-        let bit = code.word(Op::BitwiseOr, page, access);
-        let word = code.word_with(Op::ShiftRightLogical, bit, 5);
-        let word = code.widen(word);
-        let offset = code.long_with(Op::ShiftLeftLogical, word, 2);
-        let offset = code.long_with(Op::IAdd, offset, table::WANTED);
-        let at = code.long(Op::IAdd, leaf, offset);
-        let shift = code.word_with(Op::BitwiseAnd, bit, 31);
-        let bit = code.word(Op::ShiftLeftLogical, one, shift);
-        let before = code.atomic(Op::AtomicOr, at, bit);
-        let zero = code.build.word(0);
-        let before = code.word(Op::BitwiseAnd, before, bit);
-        let first = code.test(Op::IEqual, &[before, zero]);
-        code.rarely(first, |code| {
-            let count = self.field(code, control::LOG_COUNT);
-            let index = code.atomic(Op::AtomicIAdd, count, one);
-            let capacity = self.field(code, control::LOG_CAPACITY);
-            let capacity = code.read_word(capacity, Fresh::No);
-            let served = self.field(code, control::LOG_SERVED);
-            let served = code.read_word(served, Fresh::Yes);
-            let waiting = code.word(Op::ISub, index, served);
-            let fits = code.test(Op::ULessThan, &[waiting, capacity]);
-            code.rarely(fits, |code| {
-                let log = self.field(code, control::LOG);
-                let log = code.read_long(log, Fresh::No);
-                let last = code.word(Op::ISub, capacity, one);
-                let index = code.word(Op::BitwiseAnd, index, last);
-                let index = code.widen(index);
-                let offset = code.long_with(Op::ShiftLeftLogical, index, 3);
-                let at = code.long(Op::IAdd, log, offset);
-                code.write_long(at, fault);
-            });
-        });
-    }
-
     /// Once in many rounds of a loop: returns early, from a function that returns
     /// `result`, if the host wants it to stop.
     pub(crate) fn burn(&self, code: &mut Code<'_>, result: u32) {
@@ -515,34 +369,17 @@ fn leave(code: &mut Code<'_>, result: u32) {
     }
 }
 
-const fn leaf_entries() -> u32 {
-    1 << 18
-}
-const _: () = assert!(table::LEAF_ENTRIES == leaf_entries() as u64);
-
 /// Where an address lies, by its table entry.
-fn place(code: &mut Code<'_>, entry: u32, address: u32) -> u32 {
+pub(crate) fn place(code: &mut Code<'_>, entry: u32, address: u32) -> u32 {
     let frame = code.long_with(Op::BitwiseAnd, entry, !0xfff);
     let offset = code.long_with(Op::BitwiseAnd, address, 0xfff);
     code.long(Op::BitwiseOr, frame, offset)
 }
 
 /// A fault as it is logged: the address with the access in bit 0.
-fn logged(code: &mut Code<'_>, address: u32, kind: Kind) -> u32 {
+pub(crate) fn logged(code: &mut Code<'_>, address: u32, kind: Kind) -> u32 {
     match kind {
         Kind::Read => code.long_with(Op::BitwiseAnd, address, !1),
         Kind::Write => code.long_with(Op::BitwiseOr, address, 1),
     }
-}
-
-/// Whether something holds in every active invocation of the subgroup.
-fn all(code: &mut Code<'_>, condition: u32) -> u32 {
-    let subgroup = code.build.word(3);
-    code.test(Op::GroupNonUniformAll, &[subgroup, condition])
-}
-
-/// Whether this is the invocation that acts for its subgroup.
-pub(crate) fn elect(code: &mut Code<'_>) -> u32 {
-    let subgroup = code.build.word(3);
-    code.test(Op::GroupNonUniformElect, &[subgroup])
 }

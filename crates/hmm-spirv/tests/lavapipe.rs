@@ -61,6 +61,10 @@ fn push(parts: &[&[u8]]) -> Vec<u8> {
     parts.concat()
 }
 
+fn word(value: u64) -> u32 {
+    u32::try_from(value).expect("a small number")
+}
+
 fn base_for(variant: Variant) -> u64 {
     if variant == Variant::Masked {
         WINDOW
@@ -75,7 +79,7 @@ fn stream() {
         each(|variant, grain| {
             let mut host = open(base_for(variant), 8 * MIB);
             host.grain = grain;
-            let count = MIB as u32;
+            let count = 1u32 << 20;
             let data = host.allocate(u64::from(count) * 4, 4);
             host.write_words(data, &(0..count).collect::<Vec<_>>());
             let pipeline = host.compile(&kernel("increment"), variant);
@@ -98,7 +102,7 @@ fn small_log() {
             let mut host = open(BASE, 8 * MIB);
             host.log_capacity = 4;
             host.grain = Grain::Small;
-            let count = MIB as u32;
+            let count = 1u32 << 20;
             let data = host.allocate(u64::from(count) * 4, 4);
             let pipeline = host.compile(&kernel("increment"), variant);
             let args = push(&[&data.to_le_bytes(), &count.to_le_bytes()]);
@@ -195,9 +199,9 @@ fn chase(name: &str, count: u64, length: u64, value: fn(u64) -> u64) {
         let args = push(&[
             &heads.to_le_bytes(),
             &sums.to_le_bytes(),
-            &(count as u32).to_le_bytes(),
+            &word(count).to_le_bytes(),
         ]);
-        let report = host.launch(&pipeline, variant, &args, (count as u32).div_ceil(64));
+        let report = host.launch(&pipeline, variant, &args, word(count).div_ceil(64));
         eprintln!("  {report:?}");
         assert_eq!(host.longs(sums, count), wanted);
     });

@@ -223,7 +223,7 @@ impl Host {
         let at = usize::try_from(page * PAGE).expect("an offset");
         let frame = usize::try_from(self.first_frame() - self.frames.address + frame * PAGE)
             .expect("an offset");
-        let len = PAGE as usize;
+        let len = usize::try_from(PAGE).expect("a size");
         // SAFETY: a page of home and a frame of the buffer; no kernel accesses it
         // while it is copied.
         unsafe {
@@ -271,7 +271,7 @@ impl Host {
                     }
                 };
                 let rights = if writes { 3 } else { 1 };
-                self.set_entry(page, first + frame * PAGE | rights);
+                self.set_entry(page, (first + frame * PAGE) | rights);
             }
             Grain::Large => {
                 let start = page / 16 * 16;
@@ -284,7 +284,7 @@ impl Host {
                             Some(frame + more);
                     }
                     for more in 0..16 {
-                        self.set_entry(start + more, first + (frame + more) * PAGE | 7);
+                        self.set_entry(start + more, (first + (frame + more) * PAGE) | 7);
                     }
                 }
             }
@@ -295,7 +295,7 @@ impl Host {
     pub fn map_all(&mut self) {
         self.bring_home();
         for page in 0..self.placed.len() as u64 {
-            self.map(self.base + page * PAGE | 1);
+            self.map((self.base + page * PAGE) | 1);
         }
     }
 
@@ -370,7 +370,10 @@ impl Host {
             Variant::Masked => {
                 let at = self.in_one_piece();
                 let size = self.home.len() as u64;
-                assert!(size.is_power_of_two() && self.base % size == 0, "a window");
+                assert!(
+                    size.is_power_of_two() && self.base.is_multiple_of(size),
+                    "a window"
+                );
                 long(&self.control, control::MASK).store(size - 1, Ordering::Relaxed);
                 long(&self.control, control::BASE).store(at, Ordering::Relaxed);
             }
@@ -629,7 +632,7 @@ fn processor_time() -> Duration {
 
 fn word(buffer: &Buffer, offset: u64) -> &AtomicU32 {
     assert!(
-        offset % 4 == 0 && offset + 4 <= buffer.size,
+        offset.is_multiple_of(4) && offset + 4 <= buffer.size,
         "in the buffer"
     );
     // SAFETY: aligned and in mapped memory, which host and device access atomically.
@@ -645,7 +648,7 @@ fn word(buffer: &Buffer, offset: u64) -> &AtomicU32 {
 
 fn long(buffer: &Buffer, offset: u64) -> &AtomicU64 {
     assert!(
-        offset % 8 == 0 && offset + 8 <= buffer.size,
+        offset.is_multiple_of(8) && offset + 8 <= buffer.size,
         "in the buffer"
     );
     // SAFETY: as for a word.

@@ -1,8 +1,6 @@
 //! Just enough Vulkan to run a kernel: one device, one queue, buffers in
 //! host-visible memory with device addresses.
 
-use std::ffi::CStr;
-
 use ash::{Device, Entry, Instance, vk};
 
 /// A device with its queue.
@@ -171,7 +169,7 @@ impl Gpu {
             let stage = vk::PipelineShaderStageCreateInfo::default()
                 .stage(vk::ShaderStageFlags::COMPUTE)
                 .module(module)
-                .name(CStr::from_bytes_with_nul_unchecked(b"main\0"))
+                .name(c"main")
                 .specialization_info(&special);
             let info = vk::ComputePipelineCreateInfo::default()
                 .flags(vk::PipelineCreateFlags::DISPATCH_BASE)
