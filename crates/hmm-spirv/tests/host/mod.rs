@@ -482,28 +482,31 @@ impl Host {
         self.serve_log();
     }
 
-    /// Has all subgroups park, takes everything away from them, lets them go on.
+    /// Takes everything away from a running kernel. The entries go first: a
+    /// subgroup that begins later finds none, and one that was not parked by then
+    /// may still use what it found.
     fn evict_some(&mut self) -> bool {
         self.word(control::YIELD).fetch_add(1, Ordering::SeqCst);
-        let start = Instant::now();
-        let calm = loop {
-            let active = self.word(control::ACTIVE).load(Ordering::SeqCst);
-            if active > 0 && self.word(control::PARKED).load(Ordering::SeqCst) == active {
-                break true;
-            }
-            if start.elapsed() > Duration::from_millis(20) {
-                break false;
-            }
-            // What the others wait for must still come.
-            self.serve_log();
-        };
-        if calm {
-            for page in 0..self.placed.len() as u64 {
-                self.unmap(page);
+        for page in 0..self.placed.len() {
+            if self.placed[page].is_some() {
+                self.set_entry(page as u64, 0);
             }
         }
+        let start = Instant::now();
+        loop {
+            let active = self.word(control::ACTIVE).load(Ordering::SeqCst);
+            if self.word(control::PARKED).load(Ordering::SeqCst) == active {
+                break;
+            }
+            let patience = Duration::from_secs(10);
+            assert!(start.elapsed() < patience, "someone never parks");
+            std::hint::spin_loop();
+        }
+        for page in 0..self.placed.len() as u64 {
+            self.unmap(page);
+        }
         self.word(control::YIELD).fetch_sub(1, Ordering::SeqCst);
-        calm
+        true
     }
 
     /// Serves what is in the log: how many entries.
