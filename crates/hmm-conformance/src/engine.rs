@@ -127,6 +127,20 @@ impl Engine {
         Some(seen)
     }
 
+    /// Gives a page another frame while kernels run, lets `look` look at the one that it
+    /// had, and frees that.
+    pub fn replaced<R>(&self, page: usize, look: impl FnOnce(FrameRange) -> R) -> Option<R> {
+        let mut place = self.lock(page);
+        let frames = (*place)?;
+        let other = self.device().allocate(PageCount::ONE).ok()?;
+        let range: PageRange = self.space.page(page);
+        self.device().map(range, other, Access::Write).ok()?;
+        let seen = look(frames);
+        self.device().free(frames);
+        *place = Some(other);
+        Some(seen)
+    }
+
     /// Reads frames through the copy queue.
     ///
     /// # Panics

@@ -406,15 +406,11 @@ impl VulkanDevice {
     }
 
     fn shoot_down(&self, range: PageRange) {
-        if self.parts.table.clear(range) {
-            self.quiesce();
-        }
-    }
-
-    fn quiesce(&self) {
-        self.counters.shootdowns.add(1);
-        if self.gate.quiesce(self.control()) {
-            self.counters.shootdown_waits.add(1);
+        if self.gate.clear(|| self.parts.table.clear(range)) {
+            self.counters.shootdowns.add(1);
+            if self.gate.quiesce(self.control()) {
+                self.counters.shootdown_waits.add(1);
+            }
         }
     }
 
@@ -428,15 +424,10 @@ impl VulkanDevice {
             table.prepare(range, &self.gate)
         };
         let _leaves = prepared.inspect_err(|_| self.shoot_down(range))?;
-        if !table.map(range, first, access) {
-            // Something else was there, and is gone now.
-            self.quiesce();
-            let entered = table.map(range, first, access);
-            assert!(
-                entered,
-                "{range} was entered by somebody without its block's lock"
-            );
+        if !table.fits(range, first, access) {
+            self.shoot_down(range);
         }
+        table.map(range, first, access);
         Ok(())
     }
 }

@@ -9,7 +9,9 @@
 //! ```
 //!
 //! A dispatch that begins behind the clear finds the entries cleared, so only the one
-//! that runs now is waited for.
+//! that runs now is waited for. A kernel without checks must not even look at a cleared
+//! entry, which would lead it to address 0: there the wait comes first, and the entries
+//! are cleared with the lock held that its `begin` needs ([`Gate::clear`]).
 //!
 //! # Why that ends
 //! Whoever waits here holds a block's lock, so nothing that the wait depends on may
@@ -49,12 +51,23 @@ const SPINS: u32 = 2000;
 /// Yields before the thread sleeps.
 const YIELDS: u32 = 2000;
 
+/// What a dispatch does about entries that are cleared while it runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Manner {
+    /// Invocations that meet one return.
+    Returns,
+    /// They poll, and their subgroup counts as parked.
+    Parks,
+    /// They follow it to nowhere.
+    Unchecked,
+}
+
 #[derive(Debug)]
 pub(crate) struct State {
     begun: u64,
     ended: u64,
-    /// What runs parks subgroups that miss.
-    stall: bool,
+    /// What runs, or ran last.
+    manner: Manner,
     /// Unmappings that wait for a stalled kernel.
     yields: u32,
     /// Leaves of the page table that are free.
@@ -76,7 +89,7 @@ impl Gate {
                 State {
                     begun: 0,
                     ended: 0,
-                    stall: false,
+                    manner: Manner::Returns,
                     yields: 0,
                     pool,
                 },
@@ -87,14 +100,14 @@ impl Gate {
 
     /// A dispatch begins that uses the page table, if `check` says so: no mapping that
     /// it has seen goes before the dispatch has ended.
-    pub(crate) fn begin(&self, stall: bool, check: impl FnOnce() -> bool) -> bool {
+    pub(crate) fn begin(&self, manner: Manner, check: impl FnOnce() -> bool) -> bool {
         let mut state = self.state.lock();
         assert!(state.begun == state.ended, "two dispatches at a time");
         if !check() {
             return false;
         }
         state.begun += 1;
-        state.stall = stall;
+        state.manner = manner;
         true
     }
 
@@ -108,6 +121,16 @@ impl Gate {
         self.state.lock()
     }
 
+    /// Clears entries, when no kernel runs that would follow a cleared one.
+    pub(crate) fn clear<R>(&self, clear: impl FnOnce() -> R) -> R {
+        let mut state = self.state.lock();
+        while state.begun != state.ended && state.manner == Manner::Unchecked {
+            let number = state.begun;
+            state = self.wait_for_end(state, number);
+        }
+        clear()
+    }
+
     /// Waits until no access is under way that looked at the table before the call.
     /// False when nothing ran.
     pub(crate) fn quiesce(&self, control: &Control) -> bool {
@@ -116,7 +139,7 @@ impl Gate {
             return false;
         }
         let number = state.begun;
-        if !state.stall {
+        if state.manner != Manner::Parks {
             drop(self.wait_for_end(state, number));
             return true;
         }
@@ -136,7 +159,7 @@ impl Gate {
     pub(crate) fn when_idle<R>(&self, call: impl FnOnce(&mut Pool) -> R) -> Option<R> {
         let mut state = self.state.lock();
         if state.begun != state.ended {
-            if state.stall {
+            if state.manner == Manner::Parks {
                 return None;
             }
             let number = state.begun;
@@ -203,10 +226,10 @@ mod tests {
     fn nothing_is_waited_for_when_nothing_runs() {
         let (gate, control) = (gate(), Control::default());
         assert!(!gate.quiesce(&control));
-        assert!(gate.begin(false, || true));
+        assert!(gate.begin(Manner::Returns, || true));
         gate.end();
         assert!(!gate.quiesce(&control));
-        assert!(!gate.begin(false, || false));
+        assert!(!gate.begin(Manner::Returns, || false));
         assert!(!gate.quiesce(&control));
     }
 
@@ -214,7 +237,7 @@ mod tests {
     fn the_dispatch_that_runs_is_waited_for() {
         let (gate, control) = (gate(), Control::default());
         let ended = AtomicBool::new(false);
-        gate.begin(false, || true);
+        gate.begin(Manner::Returns, || true);
         std::thread::scope(|scope| {
             let unmap = scope.spawn(|| {
                 assert!(gate.quiesce(&control));
@@ -231,7 +254,7 @@ mod tests {
     fn a_parked_kernel_is_not_waited_for_and_stays_parked() {
         let (gate, control) = (gate(), Control::default());
         control.subgroups.store(2 | 1 << 32, Ordering::SeqCst);
-        gate.begin(true, || true);
+        gate.begin(Manner::Parks, || true);
         let parked = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let unmap = scope.spawn(|| {
@@ -248,5 +271,22 @@ mod tests {
         assert!(gate.when_idle(|_| ()).is_none());
         gate.end();
         assert!(gate.when_idle(|_| ()).is_some());
+    }
+
+    #[test]
+    fn entries_stay_under_a_kernel_without_checks() {
+        let gate = gate();
+        let ended = AtomicBool::new(false);
+        gate.begin(Manner::Unchecked, || true);
+        std::thread::scope(|scope| {
+            let unmap = scope.spawn(|| gate.clear(|| ended.load(Ordering::SeqCst)));
+            std::thread::sleep(Duration::from_millis(50));
+            ended.store(true, Ordering::SeqCst);
+            gate.end();
+            assert!(unmap.join().unwrap(), "cleared while the kernel ran");
+        });
+        gate.begin(Manner::Returns, || true);
+        assert!(gate.clear(|| true), "a kernel that checks is no hindrance");
+        gate.end();
     }
 }

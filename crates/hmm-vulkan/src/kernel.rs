@@ -32,13 +32,6 @@ pub enum Variant {
     },
 }
 
-impl Variant {
-    /// Whether unmapping has to wait for its dispatches.
-    pub(crate) const fn uses_table(self) -> bool {
-        matches!(self, Self::Checked | Self::Stall | Self::Table)
-    }
-}
-
 /// A kernel to load: what instrumenting it came to.
 #[derive(Clone, Copy, Debug)]
 pub struct KernelCode<'a> {

@@ -12,6 +12,7 @@ use hmm_types::{Access, DeviceId, PageRange, VirtAddr};
 use crate::chunks::{Chunk, product};
 use crate::device::VulkanDevice;
 use crate::footprint::Footprint;
+use crate::gate::Manner;
 use crate::kernel::{Kernel, Loaded, Variant};
 use crate::log::Miss;
 use crate::stats::LaunchReport;
@@ -179,16 +180,21 @@ impl Launch<'_> {
     /// A dispatch from its start to its end.
     pub(crate) fn dispatch(&self, chunk: Chunk) -> Result<(), LaunchError> {
         let device = self.device;
-        let uses_table = self.kernel.variant.uses_table();
-        if uses_table {
-            device.gate().begin(false, || true);
+        let manner = match self.kernel.variant {
+            Variant::Checked => Some(Manner::Returns),
+            Variant::Stall => Some(Manner::Parks),
+            Variant::Table => Some(Manner::Unchecked),
+            Variant::Delta(_) | Variant::Masked { .. } => None,
+        };
+        if let Some(manner) = manner {
+            device.gate().begin(manner, || true);
         }
         let done = self.first_time(|| {
             let value = device.begin_dispatch(&self.kernel, self.push, self.groups, chunk)?;
             device.finish(value)
         });
         // One that has not ended keeps the gate: what unmaps must not go on.
-        if uses_table && !device.has_given_up() {
+        if manner.is_some() && !device.has_given_up() {
             device.gate().end();
         }
         done

@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::chunks::Chunk;
+use crate::gate::Manner;
 use crate::launch::Launch;
 use crate::{KernelError, LaunchError};
 
@@ -17,7 +18,7 @@ const POLL: Duration = Duration::from_micros(20);
 impl Launch<'_> {
     pub(crate) fn stalled(&mut self) -> Result<(), LaunchError> {
         let device = self.device;
-        device.gate().begin(true, || true);
+        device.gate().begin(Manner::Parks, || true);
         let chunk = Chunk::whole(self.groups);
         let (kernel, push, groups) = (self.kernel, self.push, self.groups);
         let started = self.first_time(|| device.begin_dispatch(&kernel, push, groups, chunk));

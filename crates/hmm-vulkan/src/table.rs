@@ -138,29 +138,34 @@ impl Table {
         self.in_use.load(Ordering::Relaxed)
     }
 
-    /// Maps pages, in place of what was there. `entry` is the first page's, without
-    /// flags; the others follow. False when access may be under way that looked at
-    /// entries which have gone: then the caller waits, and calls again.
-    pub(crate) fn map(&self, range: PageRange, first: u64, access: Access) -> bool {
+    /// Whether pages can be mapped without taking anything away: nothing is there, or
+    /// the same frames with no more rights. `first` is the first page's device address;
+    /// the others follow.
+    pub(crate) fn fits(&self, range: PageRange, first: u64, access: Access) -> bool {
         let flags = flags(access);
         let mut fits = true;
         self.for_spans(range, |leaf, page, count, done| {
             for index in 0..count {
-                let old = self.load(leaf, page + index);
+                let old = self.load(leaf, page + index) & !TOGETHER;
                 let new = (first + ((done + index) as u64) * PAGE_SIZE) | flags;
-                fits &= old == 0 || (old & !TOGETHER) & !new == 0 && old & !FLAGS == new & !FLAGS;
+                fits &= old == 0 || (old & !new == 0 && old & !FLAGS == new & !FLAGS);
             }
         });
-        if !fits {
-            self.clear(range);
-            return false;
-        }
+        fits
+    }
+
+    /// Maps pages, where that fits.
+    pub(crate) fn map(&self, range: PageRange, first: u64, access: Access) {
+        debug_assert!(
+            self.fits(range, first, access),
+            "{range} is mapped otherwise"
+        );
+        let flags = flags(access);
         self.for_spans(range, |leaf, page, count, done| {
             self.update(leaf, page, count, |index| {
                 (first + ((done + index) as u64) * PAGE_SIZE) | flags
             });
         });
-        true
     }
 
     /// Makes the leaves that a range needs.
@@ -179,8 +184,8 @@ impl Table {
         Ok(prepared)
     }
 
-    /// Clears the entries of a range; true when there were any. Accesses through them
-    /// may be under way until the gate says that none is.
+    /// Clears the entries of a range; true when there were any. The gate says when that
+    /// may be done, and when no access through them is under way any more.
     pub(crate) fn clear(&self, range: PageRange) -> bool {
         let mut any = false;
         self.for_spans(range, |leaf, page, count, _| {

@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{Tested, arguments, assert_silent, groups, load};
@@ -107,6 +108,36 @@ fn a_kernel_without_checks_has_its_ranges_brought() {
         matches!(failed, Err(LaunchError::Kernel(KernelError::Fault(_)))),
         "{failed:?}"
     );
+    tested.close();
+}
+
+/// Nor do its pages go before it has ended: it would write to whatever is at address 0.
+#[test]
+fn pages_stay_under_a_kernel_without_checks() {
+    const PAGES: usize = 24;
+    let device = device!(config(8));
+    let tested = Tested::new(device, Variant::Table);
+    let engine = Engine::new(tested, PAGES);
+    let (at, count) = (engine.address(0), (PAGES * WORDS) as u64);
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for page in (0..PAGES).cycle() {
+                engine.evict(page);
+                if ended.load(Ordering::SeqCst) {
+                    return;
+                }
+                std::thread::sleep(Duration::from_micros(300));
+            }
+        });
+        for _ in 0..200 {
+            tested.launch(Operation::Increment { at, count }).unwrap();
+        }
+        ended.store(true, Ordering::SeqCst);
+    });
+    assert!(device.stats().shootdowns > 20, "{:?}", device.stats());
+    engine.evict_all();
+    assert!((0..PAGES * WORDS).all(|word| engine.home.read(word) == 200));
     tested.close();
 }
 
@@ -334,7 +365,7 @@ fn system_memory_is_used_in_place_where_it_was_asked_for() {
             })
             .is_err()
     );
-    assert_eq!(engine.faults.load(std::sync::atomic::Ordering::SeqCst), 0);
+    assert_eq!(engine.faults.load(Ordering::SeqCst), 0);
     assert_eq!(PageCount::new(4), range.pages());
     tested.close();
 }
