@@ -34,6 +34,15 @@ fn run(subject: Opened, operation: Operation) {
     }
 }
 
+/// Ends other threads, also when a test fails.
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
 /// A cheap source of numbers.
 fn random(state: &mut u64) -> u64 {
     *state = state
@@ -187,12 +196,12 @@ pub fn data_survives_while_pages_come_and_go(subject: Opened) {
                 std::thread::sleep(Duration::from_micros(200));
             }
         });
+        let _ended = Ends(&ended);
         let mut rounds = 0u64;
         while evictions.load(Ordering::SeqCst) < EVICTIONS {
             run(subject, Operation::Increment { at, count });
             rounds += 1;
         }
-        ended.store(true, Ordering::SeqCst);
         rounds
     });
     assert!(rounds > 0);
