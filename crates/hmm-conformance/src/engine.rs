@@ -99,21 +99,28 @@ impl Engine {
         self.device().wait(fence)
     }
 
-    /// Brings a page home, if it is away.
-    pub fn evict(&self, page: usize) {
+    /// Brings a page home; false when it was there.
+    ///
+    /// # Panics
+    /// When it does not come.
+    pub fn evict(&self, page: usize) -> bool {
         let mut place = self.lock(page);
-        if let Some(frames) = place.take() {
-            self.device().unmap(self.space.page(page));
-            let host = self.home.page(page).start();
-            self.transfer(Transfer::ToHost { frames, host })
-                .expect("a page comes home");
-            self.device().free(frames);
-        }
+        let Some(frames) = place.take() else {
+            return false;
+        };
+        self.device().unmap(self.space.page(page));
+        let host = self.home.page(page).start();
+        self.transfer(Transfer::ToHost { frames, host })
+            .expect("a page comes home");
+        self.device().free(frames);
+        true
     }
 
     /// Brings all pages home.
     pub fn evict_all(&self) {
-        (0..self.pages.len()).for_each(|page| self.evict(page));
+        for page in 0..self.pages.len() {
+            self.evict(page);
+        }
     }
 
     /// Takes a page away from kernels, lets `look` look at its frame, and gives it back.

@@ -191,8 +191,8 @@ pub fn data_survives_while_pages_come_and_go(subject: Opened) {
         scope.spawn(|| {
             let mut state = 1;
             while !ended.load(Ordering::SeqCst) {
-                engine.evict(usize::try_from(random(&mut state)).expect("64 bits") % PAGES);
-                evictions.fetch_add(1, Ordering::SeqCst);
+                let page = usize::try_from(random(&mut state)).expect("64 bits") % PAGES;
+                evictions.fetch_add(u64::from(engine.evict(page)), Ordering::SeqCst);
                 std::thread::sleep(Duration::from_micros(200));
             }
         });

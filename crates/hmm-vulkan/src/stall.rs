@@ -34,6 +34,10 @@ impl Launch<'_> {
             .stop
             .store(u32::from(device.driver().is_closing()), Ordering::SeqCst);
         done?;
+        // A page may have been logged again just before it came: with its wanted bit set,
+        // no later kernel would log it.
+        let late = self.read_log(false);
+        self.misses = late;
         let control = device.control();
         let invocations = control.unfinished.load(Ordering::SeqCst);
         let torn = control.torn.load(Ordering::SeqCst);
