@@ -276,7 +276,7 @@ impl Launch<'_> {
         let mut distance = None;
         let held = device
             .gate()
-            .begin(false, || match device.table().survey(uses) {
+            .begin(Manner::Unchecked, || match device.table().survey(uses) {
                 Survey::Missing => false,
                 Survey::Apart => true,
                 Survey::At(number) => {
