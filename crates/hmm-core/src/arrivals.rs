@@ -15,14 +15,14 @@
 //! until no change is under way, or the report of the next arrival.
 //!
 //! Memory that is remapped at the very moment at which it is registered can have got
-//! no pieces, and what was mapped in its place may have some. Where one of the two
-//! is of hugetlbfs, these do not go along.
+//! no pieces, and what was mapped in its place may have some. Where the two have
+//! pages of different sizes (hugetlbfs), these do not go along.
 
 use std::sync::atomic::Ordering::Relaxed;
 
-use hmm_hal::{Event, Mapping, SpaceId};
+use hmm_hal::{Event, SpaceId};
 use hmm_mem::Vec;
-use hmm_types::{MemoryKind, PageCount, PageRange, VirtAddr};
+use hmm_types::{PageCount, PageRange, VirtAddr};
 
 use crate::engine::Engine;
 use crate::map::SpaceMap;
@@ -84,7 +84,7 @@ impl Engine<'_> {
             let _ = self.space.mappings(
                 PageRange::from_pages(there, PageCount::ONE),
                 &mut |mapping| {
-                    differs = is_hugetlb(&mapping) != block.is_hugetlb();
+                    differs = mapping.page_len != block.page_len();
                 },
             );
             differs.then(|| piece.range())
@@ -100,10 +100,10 @@ impl Engine<'_> {
             // Cheap, and says no for nearly everything that is in order. Memory of
             // another kind is surely not what has arrived.
             let mapped = piece.is_some_and(|piece| {
-                let hugetlb = map.block(piece.block).is_hugetlb();
+                let page_len = map.block(piece.block).page_len();
                 let mut any = false;
                 let looked = self.space.mappings(part, &mut |mapping| {
-                    any |= is_hugetlb(&mapping) == hugetlb;
+                    any |= mapping.page_len == page_len;
                 });
                 any || looked.is_err()
             });
@@ -144,8 +144,4 @@ impl Engine<'_> {
         }
         false
     }
-}
-
-fn is_hugetlb(mapping: &Mapping) -> bool {
-    mapping.kind == MemoryKind::HugeTlb
 }

@@ -14,7 +14,9 @@ use hmm_types::{DeviceId, FrameId, FrameRange, PAGES_PER_BLOCK, PageCount, PageR
 
 use crate::engine::{COPY_LIMIT, Engine};
 use crate::executor::{BOUNCE_LEN, Executor};
+use crate::gigantic::LargeRoom;
 use crate::home::run_transfers;
+use crate::hugetlb::Room;
 use crate::map::SpaceMap;
 use crate::page::PageState;
 use crate::staging::StagingPage;
@@ -22,13 +24,15 @@ use crate::staging::StagingPage;
 /// How often a huge page is tried at a time.
 const HUGE_TRIES: u32 = 64;
 
-/// A page that a child has not got yet.
+/// A page that a child has not got yet; or several in a row, of a page of hugetlbfs
+/// of more than a block, with frames in a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Owed {
     page: VirtAddr,
+    pages: u32,
     source: Source,
-    /// A part of a huge page of hugetlbfs, which is given as a whole.
-    hugetlb: bool,
+    /// How large a page of hugetlbfs it is a part of, which is given as a whole.
+    hugetlb: Option<PageCount>,
     /// The page was being dropped: the child's page table may have it.
     perhaps_there: bool,
 }
@@ -49,13 +53,37 @@ struct Child {
     owed: Vec<Owed>,
 }
 
+impl Owed {
+    fn end(&self) -> VirtAddr {
+        self.page.plus_pages(self.pages.into())
+    }
+
+    /// What is given as a whole.
+    fn whole(&self) -> PageRange {
+        let pages = self.hugetlb.unwrap_or(PageCount::ONE);
+        let start = self.page.get() - self.page.get() % pages.bytes().get();
+        PageRange::from_pages(VirtAddr::new(start), pages)
+    }
+
+    /// The frames behind it.
+    fn frames(&self) -> Option<(DeviceId, FrameRange)> {
+        match self.source {
+            Source::Frame { device, frame } => Some((device, FrameRange::new(frame, self.pages))),
+            Source::Staging(_) => None,
+        }
+    }
+}
+
 impl Child {
+    /// The first that is owed from an address on, or around it.
     fn position(&self, address: VirtAddr) -> usize {
-        self.owed.partition_point(|owed| owed.page < address)
+        self.owed.partition_point(|owed| owed.end() <= address)
     }
 
     fn within(&self, range: PageRange) -> std::ops::Range<usize> {
-        self.position(range.start())..self.position(range.end())
+        let from = self.position(range.start());
+        let upto = self.owed.partition_point(|owed| owed.page < range.end());
+        from..upto.max(from)
     }
 }
 
@@ -79,15 +107,18 @@ impl Engine<'_> {
     pub(crate) fn fork(&self, map: &mut SpaceMap, space: SpaceId) {
         let mut owed = hmm_mem::vec();
         for piece in map.pieces() {
-            let hugetlb = map.block(piece.block).is_hugetlb();
-            let mut inner = map.block(piece.block).lock();
+            let block = map.block(piece.block);
+            let hugetlb = block.is_hugetlb().then(|| block.page_len());
+            let mut inner = block.lock();
             inner.clear_coherent();
             if inner.away() == 0 && inner.in_flight() == 0 {
                 continue;
             }
             // Device mappings go: the next write asks, and un-shares.
             self.invalidate(&mut inner, piece.range());
-            for (index, page) in (piece.first..).zip(piece.range().iter_pages()) {
+            let unit = inner.unit();
+            let pages = (piece.first..).zip(piece.range().iter_pages());
+            for (index, page) in pages.step_by(unit as usize) {
                 if inner.entry(index).doomed() {
                     continue;
                 }
@@ -102,7 +133,7 @@ impl Engine<'_> {
                     | PageState::Dropped { device, frame }
                     | PageState::Downloading { device, frame }
                     | PageState::Transferring { device, frame } => {
-                        self.share(device, frame);
+                        self.share(device, FrameRange::new(frame, unit));
                         Source::Frame { device, frame }
                     }
                     PageState::Staged { page: staged, .. }
@@ -116,6 +147,7 @@ impl Engine<'_> {
                 };
                 owed.push(Owed {
                     page,
+                    pages: unit,
                     source,
                     hugetlb,
                     perhaps_there,
@@ -140,11 +172,26 @@ impl Engine<'_> {
         }
     }
 
-    fn share(&self, device: DeviceId, frame: FrameId) {
+    fn share(&self, device: DeviceId, frames: FrameRange) {
         assert!(
-            self.devices.slot(device).share(frame),
+            self.try_share(device, frames),
             "a page is owed to more than 255 children at once"
         );
+    }
+
+    /// One more owner for all of the frames, or for none.
+    fn try_share(&self, device: DeviceId, frames: FrameRange) -> bool {
+        let slot = self.devices.slot(device);
+        let unshared = frames.iter().position(|frame| !slot.share(frame));
+        match unshared.map(u32::try_from) {
+            None => true,
+            Some(shared) => {
+                if let Ok(shared @ 1..) = shared {
+                    slot.free(frames.slice(0, shared));
+                }
+                false
+            }
+        }
     }
 
     fn owed_from_staging(&self, space: SpaceId) -> Option<(PageRange, StagingPage)> {
@@ -182,9 +229,8 @@ impl Engine<'_> {
             owed.extend_from_slice(&parent.owed);
         }
         for page in &owed {
-            match page.source {
-                Source::Frame { device, frame } => self.share(device, frame),
-                Source::Staging(_) => {}
+            if let Some((device, frames)) = page.frames() {
+                self.share(device, frames);
             }
         }
         children.0.push(Child { space, owed });
@@ -228,8 +274,8 @@ impl Engine<'_> {
     }
 
     fn settle(&self, owed: Owed) {
-        if let Source::Frame { device, frame } = owed.source {
-            self.devices.slot(device).free(FrameRange::new(frame, 1));
+        if let Some((device, frames)) = owed.frames() {
+            self.devices.slot(device).free(frames);
         }
     }
 
@@ -283,19 +329,20 @@ impl Engine<'_> {
             let child = children.get(space)?;
             let from = child.position(start);
             let first = child.owed.get(from)?;
-            if first.hugetlb && first.page == start {
+            if first.hugetlb.is_some() && first.page <= start {
+                let whole = first.whole();
                 drop(children);
-                return Some(self.give_huge_page(executor, space, start.block_floor()));
+                return Some(self.give_huge_page(executor, space, whole));
             }
             for (slot, owed) in run.iter_mut().zip(&child.owed[from..]) {
-                if owed.page != start.plus_pages(len) || owed.hugetlb {
+                if owed.page != start.plus_pages(len) || owed.hugetlb.is_some() {
                     break;
                 }
-                let Source::Frame { device, frame } = owed.source else {
+                let Some((device, frames)) = owed.frames() else {
                     unreachable!("given before a fork's event is done with");
                 };
                 // Kept while it is read: the child may drop the page meanwhile.
-                if !self.devices.slot(device).share(frame) {
+                if !self.try_share(device, frames) {
                     break;
                 }
                 *slot = Some(*owed);
@@ -327,20 +374,31 @@ impl Engine<'_> {
 
     /// Gives a child a whole page of hugetlbfs. Returns how many pages are owed
     /// no more.
-    fn give_huge_page(&self, executor: &mut Executor, space: SpaceId, start: VirtAddr) -> u64 {
-        let page = PageRange::from_pages(start, PageCount::from(PAGES_PER_BLOCK));
-        let room = self.rooms.take();
-        let (Some(room), Some(owed)) = (room, self.hold_owed(space, page)) else {
+    fn give_huge_page(&self, executor: &mut Executor, space: SpaceId, page: PageRange) -> u64 {
+        let gigantic = page.pages() > PageCount::from(PAGES_PER_BLOCK);
+        let (small, large) = if gigantic {
+            (None, self.gigantic.take(page.pages()))
+        } else {
+            (self.rooms.take(), None)
+        };
+        let start = small
+            .as_ref()
+            .map(Room::start)
+            .or_else(|| large.as_ref().map(LargeRoom::start));
+        // Not held without a room: nobody would let it go.
+        let held = start.and_then(|start| Some((start, self.hold_owed(space, page)?)));
+        let Some((start, owed)) = held else {
             // All rooms are taken, or the child has changed something: who waits
             // looks again.
+            drop(large);
             self.space.relax();
             return 0;
         };
-        let readable = owed
-            .iter()
-            .zip(0..)
-            .all(|(owed, index)| self.read_owed(owed, room.start().plus_pages(index)).is_ok());
-        let from = readable.then_some(room.start());
+        let readable = owed.iter().all(|owed| {
+            let host = start.plus_pages(owed.page.pages_since(page.start()));
+            self.read_owed(owed, host).is_ok()
+        });
+        let from = readable.then_some(start);
         // The child may get no page from the pool for long: others have their turn.
         let given = (0..HUGE_TRIES)
             .find_map(|attempt| {
@@ -352,6 +410,9 @@ impl Engine<'_> {
             })
             .unwrap_or(0);
         owed.into_iter().for_each(|owed| self.settle(owed));
+        if let Some(room) = large {
+            self.empty(room);
+        }
         given
     }
 
@@ -366,10 +427,10 @@ impl Engine<'_> {
         }
         let mut held = hmm_mem::vec_with_capacity(PAGES_PER_BLOCK);
         for owed in &child.owed[within] {
-            let Source::Frame { device, frame } = owed.source else {
+            let Some((device, frames)) = owed.frames() else {
                 unreachable!("pages of hugetlbfs are never in staging");
             };
-            if !self.devices.slot(device).share(frame) {
+            if !self.try_share(device, frames) {
                 held.into_iter().for_each(|owed| self.settle(owed));
                 return None;
             }
@@ -415,7 +476,7 @@ impl Engine<'_> {
             _ => {}
         }
         self.space.wake(space, page);
-        let given = held.len() as u64;
+        let given = page.pages().get();
         counter.fetch_add(given, Relaxed);
         for owed in child.owed.drain(owed) {
             self.settle(owed);
@@ -425,13 +486,10 @@ impl Engine<'_> {
 
     /// Reads a frame into bounce memory, several times if need be.
     fn read_owed(&self, owed: &Owed, host: VirtAddr) -> Result<(), DeviceError> {
-        let Source::Frame { device, frame } = owed.source else {
+        let Some((device, frames)) = owed.frames() else {
             unreachable!("given before a fork's event is done with");
         };
-        let transfer = Transfer::ToHost {
-            frames: FrameRange::new(frame, 1),
-            host,
-        };
+        let transfer = Transfer::ToHost { frames, host };
         let device = self.devices.slot(device).device;
         let mut result = Ok(());
         for _ in 0..COPY_LIMIT {

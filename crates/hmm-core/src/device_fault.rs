@@ -102,7 +102,11 @@ impl Engine<'_> {
             Err(StayReason::DeviceLost) => return Err(DeviceFaultError::DeviceLost),
             Err(_) => return Err(DeviceFaultError::ShuttingDown),
         };
-        let passed = self.step_between_devices(executor, page, device, target);
+        let passed = if self.is_gigantic(page.start()) {
+            self.unshare_unit(executor, page.start(), target)
+        } else {
+            self.step_between_devices(executor, page, device, target)
+        };
         drop(departure);
         match passed.fate {
             Fate::Stayed(StayReason::DeviceLost) => return Err(DeviceFaultError::DeviceLost),
@@ -173,7 +177,12 @@ impl Engine<'_> {
             // Its memory and the CPU's are the same to it.
             None if self.is_coherent(device) => StayReason::Limit,
             None => {
-                let window = self.device_window(address);
+                let window = if mapping.page_len > PageCount::from(PAGES_PER_BLOCK) {
+                    // All of it goes: more than enough.
+                    page
+                } else {
+                    self.device_window(address)
+                };
                 let mut stayed = self.fetch_window(executor, device, window, page);
                 let in_place = self.devices.slot(device).device.info().system_memory;
                 if stayed == Some(StayReason::NoDeviceMemory) && !in_place {

@@ -5,14 +5,13 @@ use std::time::Duration;
 
 use hmm_hal::{AddressSpace, Capabilities, Clock, Device};
 use hmm_sync::{Condvar, Mutex, Rank, RwLock};
-use hmm_types::{
-    BLOCK_PAGES, ByteCount, DeviceId, MemoryKind, PageCount, PageRange, StayReason, VirtAddr,
-};
+use hmm_types::{ByteCount, DeviceId, PageCount, PageRange, StayReason, VirtAddr};
 
 use crate::ahead::Ahead;
 use crate::children::Children;
 use crate::devices::Devices;
 use crate::executor::Executor;
+use crate::gigantic::Gigantic;
 use crate::hugetlb::Rooms;
 use crate::map::SpaceMap;
 use crate::mirror::Notifiers;
@@ -104,6 +103,7 @@ pub struct Engine<'env> {
     /// What read-ahead planned for a CPU and handlers have not brought yet.
     pub(crate) ahead: Ahead,
     pub(crate) rooms: Rooms,
+    pub(crate) gigantic: Gigantic,
     /// See [`Settings::reuse_pages`].
     reuses_pages: AtomicBool,
     pub(crate) stats: Statistics,
@@ -159,6 +159,7 @@ impl<'env> Engine<'env> {
             ),
             ahead: Ahead::new(),
             rooms: Rooms::new(),
+            gigantic: Gigantic::new(),
             reuses_pages: AtomicBool::new(settings.reuse_pages),
             stats: Statistics::new(),
             uses: AtomicU64::new(1),
@@ -455,9 +456,7 @@ impl<'env> Engine<'env> {
             if inner.away() == 0 && inner.in_flight() == 0 {
                 return false;
             }
-            only.is_none_or(|only| {
-                (0..BLOCK_PAGES).any(|index| inner.state(index).device() == Some(only))
-            })
+            only.is_none_or(|only| inner.states().any(|state| state.device() == Some(only)))
         })
     }
 
@@ -499,11 +498,10 @@ impl<'env> Engine<'env> {
             return;
         }
         for piece in map.pieces() {
-            let hugetlb = map.block(piece.block).is_hugetlb();
+            let page_len = map.block(piece.block).page_len();
             let _ = self.space.mappings(piece.range(), &mut |mapping| {
-                let now = mapping.kind == MemoryKind::HugeTlb;
-                let range = mapping.range;
-                assert_eq!(hugetlb, now, "{range} is taken for something else");
+                let (range, now) = (mapping.range, mapping.page_len);
+                assert_eq!(page_len, now, "{range} is taken for something else");
             });
         }
     }

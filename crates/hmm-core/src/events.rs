@@ -161,8 +161,13 @@ impl Engine<'_> {
             assert!(adopted, "more mappings than the engine can watch");
         }
         for piece in map.overlapping(range) {
-            let mut inner = map.block(piece.block).lock();
-            self.drop_pages(&mut inner, piece, PageState::Discarded);
+            let block = map.block(piece.block);
+            let piece = if block.is_gigantic() {
+                map.undivided(piece)
+            } else {
+                piece
+            };
+            self.drop_pages(&mut block.lock(), piece, PageState::Discarded);
         }
     }
 
@@ -170,8 +175,8 @@ impl Engine<'_> {
     /// when the flight ends, which goes by block. They look again, at what is
     /// there now. Whoever brings a page home for a thread has not marked it.
     fn wake_parked(&self, inner: &BlockInner, piece: Piece) {
-        let flying =
-            (piece.first..piece.first + piece.pages).any(|index| inner.state(index).in_flight());
+        let flying = inner.in_flight() > 0
+            && (piece.first..piece.first + piece.pages).any(|index| inner.state(index).in_flight());
         if flying {
             self.space.wake(SpaceId::OWN, piece.range());
         }
@@ -180,18 +185,20 @@ impl Engine<'_> {
     /// Frees what the pages of a piece hold away from the CPU and leaves them
     /// in `state`; pages in flight are left to their executor, marked.
     fn drop_pages(&self, inner: &mut BlockInner, piece: Piece, state: PageState) {
-        let mut pages = piece.first..piece.first + piece.pages;
+        // An entry is for one page, or for several with frames in a row.
+        let unit = inner.unit();
+        let mut pages = (piece.first..piece.first + piece.pages).step_by(unit as usize);
         // What is being dropped left the devices when it was claimed.
         if !pages.all(|index| matches!(inner.state(index), PageState::Dropping { .. })) {
             self.invalidate(inner, piece.range());
         }
-        for index in piece.first..piece.first + piece.pages {
+        for index in (piece.first..piece.first + piece.pages).step_by(unit as usize) {
             match inner.state(index) {
                 PageState::System | PageState::Discarded => inner.set(index, state),
                 PageState::Device { device, frame } => {
                     self.devices
                         .slot(device)
-                        .free(hmm_types::FrameRange::new(frame, 1));
+                        .free(hmm_types::FrameRange::new(frame, unit));
                     inner.set(index, state);
                 }
                 PageState::Staged { page, .. } => {
@@ -207,7 +214,7 @@ impl Engine<'_> {
                 | PageState::Uploading { .. }
                 | PageState::Downloading { .. }
                 | PageState::Transferring { .. } => {
-                    self.stats.doomed_pages.fetch_add(1, Relaxed);
+                    self.stats.doomed_pages.fetch_add(unit.into(), Relaxed);
                     inner.doom(index);
                 }
             }

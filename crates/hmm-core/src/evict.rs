@@ -84,6 +84,10 @@ impl Engine<'_> {
             if inner.away() == 0 || best.is_some_and(|(used, _)| used <= inner.last_use) {
                 continue;
             }
+            // It would go as a whole, with what is to be kept of it.
+            if map.block(piece.block).is_gigantic() && piece.range().overlaps(keep) {
+                continue;
+            }
             let on_device = |address: VirtAddr| {
                 let index = u64::from(piece.first) + address.pages_since(piece.start);
                 u32::try_from(index).is_ok_and(|index| {

@@ -146,6 +146,10 @@ impl Engine<'_> {
             return Err(stayed(StayReason::Raced));
         };
         let block = map.block(piece.block);
+        // Something else has come there since the mapping was judged.
+        if block.is_gigantic() {
+            return Err(stayed(StayReason::Raced));
+        }
         let mut inner = block.lock();
         let inner = &mut *inner;
         let most = piece

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering::Relaxed;
 
 use hmm_hal::{FaultKind, Progress, SpaceId, Stop};
-use hmm_types::{BLOCK_PAGES, PAGES_PER_BLOCK, PageCount, PageRange, VirtAddr};
+use hmm_types::{PAGES_PER_BLOCK, PageCount, PageRange, VirtAddr};
 
 use crate::ahead::Planned;
 use crate::engine::Engine;
@@ -140,10 +140,14 @@ impl Engine<'_> {
                     // It is there: the fault is an old one.
                     Some(_) => Found::Wake,
                     None => {
-                        dropped.for_each(|index| inner.refill(index));
+                        let unit = inner.unit() as usize;
+                        dropped.step_by(unit).for_each(|index| inner.refill(index));
                         Found::Wake
                     }
                 }
+            }
+            PageState::Device { .. } if block.is_gigantic() => {
+                Found::Away(map.undivided(piece).range())
             }
             PageState::Device { .. } | PageState::Staged { .. } => {
                 let block_start = piece.start.block_floor();
@@ -216,11 +220,13 @@ impl Engine<'_> {
                     stop: Some(Stop::Again),
                 };
             }
-            (map.undivided(piece), BLOCK_PAGES)
+            (map.undivided(piece), map.block(piece.block).pages())
         } else {
             (piece, ZERO_PAGES)
         };
-        let pages = (0..piece.pages.min(most))
+        let unit = inner.unit();
+        let units = (0..piece.pages.min(most))
+            .step_by(unit as usize)
             .take_while(|&offset| {
                 matches!(
                     inner.state(piece.first + offset),
@@ -228,9 +234,10 @@ impl Engine<'_> {
                 )
             })
             .count();
-        let range = piece.range().slice(0, pages as u64);
+        let range = piece.range().slice(0, units as u64 * u64::from(unit));
         let progress = self.space.zero_pages(SpaceId::OWN, range);
-        for (index, _) in (piece.first..).zip(0..progress.done.get()) {
+        let filled = u32::try_from(progress.done.get()).unwrap_or(0);
+        for index in (piece.first..piece.first + filled).step_by(unit as usize) {
             // A hole in coherent memory stays there.
             if inner.state(index) != PageState::System {
                 inner.set(index, PageState::System);
@@ -250,7 +257,7 @@ impl Engine<'_> {
             .max(least.end())
             .min(VirtAddr::new(hmm_types::USER_END));
         // The touched page first: somebody waits for it.
-        let window = if least.pages().index() == PAGES_PER_BLOCK {
+        let window = if least.pages().index() >= PAGES_PER_BLOCK {
             // A huge page comes whole, or it would be one no more.
             least
         } else {

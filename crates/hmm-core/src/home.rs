@@ -26,7 +26,7 @@ use crate::page::PageState;
 use crate::staging::{SlotKind, StagingPage, StagingRun};
 
 /// How often a huge page that the kernel has no memory for is tried at a time.
-const NO_PAGE_LIMIT: u32 = 64;
+pub(crate) const NO_PAGE_LIMIT: u32 = 64;
 /// Pages that a device may leave in the processor's caches.
 const CACHED: u32 = 32;
 /// Transfers handed to a device at a time.
@@ -47,7 +47,7 @@ pub(crate) struct Step {
 
 impl Step {
     /// Pages could not come. One range is told: of several, the last.
-    fn stays(&mut self, range: PageRange, reason: StayReason) {
+    pub(crate) fn stays(&mut self, range: PageRange, reason: StayReason) {
         self.stuck = Some(match self.stuck {
             Some((stuck, reason)) if stuck.end() == range.start() => {
                 (PageRange::span(stuck.start(), range.end()), reason)
@@ -61,13 +61,15 @@ impl Step {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Home {
     /// Only pages on this device.
-    only: Option<DeviceId>,
+    pub(crate) only: Option<DeviceId>,
     /// What of it is poisoned if it cannot be read from its device any more.
-    poisons: Poisons,
+    pub(crate) poisons: Poisons,
     /// End before a page that is in flight, so that the caller can wait for it.
-    stops_at_flights: bool,
+    pub(crate) stops_at_flights: bool,
     /// Nothing of blocks of which this is true.
-    unless: Since,
+    pub(crate) unless: Since,
+    /// Nothing of pages of several blocks.
+    spares_gigantic: bool,
 }
 
 impl Home {
@@ -78,6 +80,7 @@ impl Home {
             poisons: Poisons::Nothing,
             stops_at_flights: false,
             unless: Since::Never,
+            spares_gigantic: false,
         }
     }
 
@@ -86,6 +89,7 @@ impl Home {
     pub(crate) const fn planned(at: u64) -> Self {
         Self {
             unless: Since::Used(at),
+            spares_gigantic: true,
             ..Self::ahead()
         }
     }
@@ -130,7 +134,7 @@ impl Home {
 
 /// What a device has done with a block's pages at a time or later.
 #[derive(Clone, Copy, Debug)]
-enum Since {
+pub(crate) enum Since {
     Never,
     /// Asked for one.
     Used(u64),
@@ -139,7 +143,7 @@ enum Since {
 }
 
 impl Since {
-    const fn is_true_of(self, block: &BlockInner) -> bool {
+    pub(crate) const fn is_true_of(self, block: &BlockInner) -> bool {
         match self {
             Self::Never => false,
             Self::Used(at) => block.last_use >= at,
@@ -151,7 +155,7 @@ impl Since {
 /// Pages that somebody cannot do without: if a device cannot give them they are
 /// lost, and touching them raises SIGBUS. Others stay on the device.
 #[derive(Clone, Copy, Debug)]
-enum Poisons {
+pub(crate) enum Poisons {
     Nothing,
     /// A CPU thread waits for this page.
     Page(VirtAddr),
@@ -159,6 +163,14 @@ enum Poisons {
 }
 
 impl Poisons {
+    pub(crate) fn includes_any(self, range: PageRange) -> bool {
+        match self {
+            Self::Nothing => false,
+            Self::Page(one) => range.contains(one),
+            Self::Everything => true,
+        }
+    }
+
     fn includes(self, page: VirtAddr) -> bool {
         match self {
             Self::Nothing => false,
@@ -299,6 +311,11 @@ impl Engine<'_> {
         let claim = loop {
             match self.claim_home(executor, range, home, &mut step, &mut frames) {
                 Claimed::Nothing => return step,
+                Claimed::Gigantic { asked, page_len } => {
+                    let what = (asked, page_len);
+                    self.bring_gigantic_home(executor, range, home, what, &mut step);
+                    return step;
+                }
                 Claimed::Again => {
                     if !self.wait_for_events(executor, attempt) {
                         step.passed = step.passed.max(1);
@@ -396,6 +413,14 @@ impl Engine<'_> {
         step.passed = piece.start.pages_since(range.start());
         let block = map.block(piece.block);
         let asked = piece.pages;
+        if block.is_gigantic() {
+            if home.spares_gigantic {
+                step.passed += u64::from(asked);
+                return Claimed::Nothing;
+            }
+            let page_len = block.page_len();
+            return Claimed::Gigantic { asked, page_len };
+        }
         let piece = map.undivided(piece);
         let mut inner = block.lock();
         let inner = &mut *inner;
@@ -852,7 +877,7 @@ impl Engine<'_> {
 
     /// Marks a page whose data is lost. False when an event must be read first;
     /// the thread that waits for it then faults again.
-    fn poison(&self, place: PageRange, error: DeviceError) -> bool {
+    pub(crate) fn poison(&self, place: PageRange, error: DeviceError) -> bool {
         match self.space.poison_pages(SpaceId::OWN, place).stop {
             None | Some(Stop::Gone) => {
                 self.stats
@@ -875,6 +900,12 @@ impl Engine<'_> {
 pub(crate) enum Claimed<'a> {
     /// There is nothing to copy; the step says how far it looked.
     Nothing,
+    /// A page of several blocks, of which so much is asked for, as far away as the
+    /// step has looked.
+    Gigantic {
+        asked: u32,
+        page_len: PageCount,
+    },
     Again,
     /// So many pages have come already. Who waits for some is to be woken when no
     /// lock is held any more.
@@ -885,7 +916,7 @@ pub(crate) enum Claimed<'a> {
     Pages(Claim<'a>),
 }
 
-const fn reason_of(error: DeviceError) -> StayReason {
+pub(crate) const fn reason_of(error: DeviceError) -> StayReason {
     match error {
         DeviceError::Lost => StayReason::DeviceLost,
         _ => StayReason::CopyFailed,

@@ -47,6 +47,7 @@ mod evict;
 mod executor;
 mod fallback;
 mod fault;
+mod gigantic;
 mod home;
 mod hugetlb;
 mod map;

@@ -1,7 +1,8 @@
 //! From addresses to blocks: what the gate protects.
 //!
-//! A *block* is up to 512 pages of the program's memory with their states. A
-//! *piece* says where pages of a block are mapped now. Registering memory makes
+//! A *block* is up to 512 pages of the program's memory with their states; or one
+//! larger page of hugetlbfs, which has 512 states as well (see
+//! [`crate::gigantic`]). A *piece* says where pages of a block are mapped now. Registering memory makes
 //! blocks aligned to 2 MiB with one piece each. What the program does to its
 //! mappings afterwards changes pieces only: munmap takes pieces away, mremap
 //! gives them other addresses. So an executor that works on pages of a block
@@ -61,13 +62,17 @@ impl Piece {
 fn to_u32(pages: u64) -> u32 {
     match u32::try_from(pages) {
         Ok(pages) => pages,
-        Err(_) => unreachable!("a block has 512 pages"),
+        Err(_) => unreachable!("a block has at most so many pages"),
     }
 }
 
 /// What a block's lock protects.
 pub(crate) struct BlockInner {
     table: Option<Box<[PageEntry; PAGES_PER_BLOCK]>>,
+    /// An entry of the table is for this many pages, as a power of two. They have
+    /// frames that follow each other; the entry has the first. Pages are named by
+    /// their index all the same.
+    shift: u32,
     /// Pages in flight, and pages resting away from the CPU.
     in_flight: u32,
     away: u32,
@@ -96,19 +101,45 @@ impl BlockInner {
         self.last_departure = now;
     }
 
+    /// The entry that a page has, perhaps with others.
     pub(crate) fn entry(&self, index: u32) -> PageEntry {
         self.table
             .as_ref()
-            .map_or(PageEntry::SYSTEM, |table| table[index as usize])
+            .map_or(PageEntry::SYSTEM, |table| table[self.slot(index)])
     }
 
+    /// The page's own state: what it says about a frame is about the page's.
     pub(crate) fn state(&self, index: u32) -> PageState {
-        self.entry(index).state()
+        let state = self.entry(index).state();
+        if self.shift == 0 {
+            return state;
+        }
+        state.of_page(index & (self.unit() - 1))
     }
 
-    /// Sets a page's state and clears its marks. Allocates the table with the
-    /// first state that is not `System`.
+    /// How many pages an entry is for.
+    pub(crate) const fn unit(&self) -> u32 {
+        1 << self.shift
+    }
+
+    const fn slot(&self, index: u32) -> usize {
+        (index >> self.shift) as usize
+    }
+
+    /// The states of all entries.
+    pub(crate) fn states(&self) -> impl Iterator<Item = PageState> {
+        (0..BLOCK_PAGES).map(|slot| self.entry(slot << self.shift).state())
+    }
+
+    /// Sets a page's state, and that of all that its entry is for, of which it has
+    /// to be the first. Clears the marks. Allocates the table with the first state
+    /// that is not `System`.
     pub(crate) fn set(&mut self, index: u32, state: PageState) {
+        assert!(
+            index & (self.unit() - 1) == 0,
+            "a part of an entry cannot change"
+        );
+        let at = self.slot(index);
         if self.table.is_none() {
             if state == PageState::System {
                 return;
@@ -118,7 +149,7 @@ impl BlockInner {
         let Some(table) = self.table.as_mut() else {
             unreachable!("the table was made above");
         };
-        let slot = &mut table[index as usize];
+        let slot = &mut table[at];
         let before = slot.state();
         self.coherent -= u32::from(slot.coherent().is_some());
         *slot = PageEntry::new(state);
@@ -146,16 +177,18 @@ impl BlockInner {
     /// Notes that a CPU thread waits for a page in flight.
     pub(crate) fn park(&mut self, index: u32) {
         debug_assert!(self.state(index).in_flight());
+        let at = self.slot(index);
         if let Some(table) = self.table.as_mut() {
-            table[index as usize].park();
+            table[at].park();
         }
     }
 
     /// Notes that a page in flight was removed by the program.
     pub(crate) fn doom(&mut self, index: u32) {
         debug_assert!(self.state(index).in_flight());
+        let at = self.slot(index);
         if let Some(table) = self.table.as_mut() {
-            table[index as usize].doom();
+            table[at].doom();
         }
     }
 
@@ -176,6 +209,7 @@ impl BlockInner {
     /// Notes in whose coherent memory a page is that rests with the CPU. The
     /// next [`BlockInner::set`] ends that.
     pub(crate) fn set_coherent(&mut self, index: u32, device: Option<DeviceId>) {
+        assert!(self.shift == 0, "pages of hugetlbfs are never coherent");
         let entry = self.entry(index);
         let table = self
             .table
@@ -220,6 +254,31 @@ impl BlockInner {
         self.in_flight
     }
 
+    /// Checks that all of a page of hugetlbfs is in one state: but a part of it can
+    /// get a frame of its own while the rest is on the device.
+    fn check_alike(&self) {
+        let kind = |state| match state {
+            PageState::Transferring { device, .. } | PageState::Device { device, .. } => {
+                (2, Some(device), false)
+            }
+            PageState::Copying { data } => (1, None, data),
+            PageState::Dropping { device, .. } => (3, Some(device), false),
+            PageState::Dropped { device, .. } => (4, Some(device), false),
+            PageState::Downloading { device, .. } => (5, Some(device), false),
+            PageState::System => (6, None, false),
+            PageState::Discarded => (7, None, false),
+            PageState::Staged { .. } | PageState::Uploading { .. } => {
+                unreachable!("pages of hugetlbfs are never in staging")
+            }
+        };
+        let mut entries = (0..BLOCK_PAGES)
+            .map(|slot| self.entry(slot << self.shift))
+            .filter(|entry| !entry.doomed());
+        let first = entries.next().map(|entry| kind(entry.state()));
+        let alike = entries.all(|entry| Some(kind(entry.state())) == first);
+        assert!(alike, "a page of hugetlbfs is in several states");
+    }
+
     /// Gives the table up when it says nothing.
     pub(crate) fn tidy(&mut self) {
         if self.away == 0
@@ -243,16 +302,24 @@ pub(crate) struct Block {
     /// A page of hugetlbfs: nothing less than all of it leaves or comes home. It is
     /// mapped as a whole, too.
     hugetlb: bool,
+    /// As in [`BlockInner::unit`].
+    shift: u32,
 }
 
 impl Block {
-    fn new(hugetlb: bool) -> Self {
+    /// A block in memory whose pages are so large.
+    fn new(page_len: PageCount) -> Self {
+        let hugetlb = page_len > PageCount::ONE;
+        let entries = to_u32(page_len.get()) / BLOCK_PAGES;
+        let shift = entries.max(1).ilog2();
         Self {
             hugetlb,
+            shift,
             inner: Mutex::new(
                 Rank::Block,
                 BlockInner {
                     table: None,
+                    shift,
                     in_flight: 0,
                     away: 0,
                     coherent: 0,
@@ -279,6 +346,21 @@ impl Block {
 
     pub(crate) const fn is_hugetlb(&self) -> bool {
         self.hugetlb
+    }
+
+    /// A page of hugetlbfs that is larger than a block of other pages.
+    pub(crate) const fn is_gigantic(&self) -> bool {
+        self.shift > 0
+    }
+
+    /// How many pages the block can have.
+    pub(crate) const fn pages(&self) -> u32 {
+        BLOCK_PAGES << self.shift
+    }
+
+    /// How much one page of its memory is.
+    pub(crate) const fn page_len(&self) -> PageCount {
+        PageCount::new(if self.hugetlb { self.pages() as u64 } else { 1 })
     }
 
     /// Where the pages from `index` are mapped now, and how many of them
@@ -394,16 +476,17 @@ impl SpaceMap {
         if !self.block(piece.block).hugetlb {
             return piece;
         }
-        let start = piece.start.block_floor();
-        match self.find(start) {
-            Some(whole) if whole.pages == BLOCK_PAGES && whole.block == piece.block => whole,
-            _ => unreachable!("a huge page of hugetlbfs at {start} is in pieces"),
+        let block = self.block(piece.block);
+        match block.pieces() {
+            [whole] if whole.pages == block.pages() => *whole,
+            _ => unreachable!("a huge page of hugetlbfs at {} is in pieces", piece.start),
         }
     }
 
     /// Makes pieces for what of `range` has none. False, and nothing changed,
-    /// when there would be too many. `hugetlb`: each block is one page.
-    pub(crate) fn insert(&mut self, range: PageRange, hugetlb: bool) -> bool {
+    /// when there would be too many. `page_len`: how much one page of it is; in
+    /// hugetlbfs, each is a block.
+    pub(crate) fn insert(&mut self, range: PageRange, page_len: PageCount) -> bool {
         let spans = range.pages().index() / PAGES_PER_BLOCK + 2;
         if self.pieces.len() + spans > MAX_PIECES {
             return false;
@@ -421,8 +504,18 @@ impl SpaceMap {
         if next < range.end() {
             holes.push(PageRange::span(next, range.end()));
         }
-        for span in holes.iter().flat_map(|hole| hole.blocks()) {
-            added.push(self.place(span, hugetlb));
+        let block_pages = page_len.get().max(u64::from(BLOCK_PAGES));
+        let whole = |at: VirtAddr| at.get().is_multiple_of(page_len.bytes().get());
+        if !holes
+            .iter()
+            .all(|hole| whole(hole.start()) && whole(hole.end()))
+        {
+            return false;
+        }
+        for hole in &holes {
+            for span in hole.cut_at(PageCount::new(block_pages)) {
+                added.push(self.place(span, page_len));
+            }
         }
         let merged = added.len() + self.pieces.len();
         self.pieces.extend_from_slice(&added);
@@ -433,7 +526,12 @@ impl SpaceMap {
 
     /// A block for pages that have none: the one of the same 2 MiB if its
     /// entries for them are unused, else a new one.
-    fn place(&mut self, span: PageRange, hugetlb: bool) -> Piece {
+    fn place(&mut self, span: PageRange, page_len: PageCount) -> Piece {
+        if page_len > PageCount::from(PAGES_PER_BLOCK) {
+            assert!(span.pages() == page_len, "{span} is a part of a huge page");
+            let block = self.new_block(page_len);
+            return self.attach(span, block, 0);
+        }
         let base = span.start().block_floor();
         let first = to_u32(span.start().pages_since(base));
         let pages = to_u32(span.pages().get());
@@ -455,11 +553,16 @@ impl SpaceMap {
                 }
             })
             .map(|piece| piece.block);
-        let block = neighbour.unwrap_or_else(|| self.new_block(hugetlb));
+        let block = neighbour.unwrap_or_else(|| self.new_block(page_len));
         self.block(block).lock().kept = false;
+        self.attach(span, block, first)
+    }
+
+    /// A piece of a block, from the page with this index on.
+    fn attach(&mut self, span: PageRange, block: BlockId, first: u32) -> Piece {
         let piece = Piece {
             start: span.start(),
-            pages,
+            pages: to_u32(span.pages().get()),
             block,
             first,
         };
@@ -467,8 +570,8 @@ impl SpaceMap {
         piece
     }
 
-    fn new_block(&mut self, hugetlb: bool) -> BlockId {
-        let block = Some(hmm_mem::boxed(Block::new(hugetlb)));
+    fn new_block(&mut self, page_len: PageCount) -> BlockId {
+        let block = Some(hmm_mem::boxed(Block::new(page_len)));
         if let Some(id) = self.free.pop() {
             self.blocks[id.0 as usize] = block;
             return id;
@@ -478,7 +581,8 @@ impl SpaceMap {
     }
 
     /// Takes the pieces of `range` out of the map and hands each to `taken`,
-    /// cut to the range. Their blocks stay until [`SpaceMap::release_blocks`].
+    /// cut to the range: but pages of several blocks as a whole, as the kernel maps
+    /// no less of them. Their blocks stay until [`SpaceMap::release_blocks`].
     pub(crate) fn remove(
         &mut self,
         range: PageRange,
@@ -489,7 +593,15 @@ impl SpaceMap {
         let mut out: Vec<Piece> = hmm_mem::vec();
         let mut rest: Vec<Piece> = hmm_mem::vec();
         while let Some(piece) = self.pieces.get(upto).copied() {
-            let Some(gone) = piece.cut(range) else { break };
+            let Some(mut gone) = piece.cut(range) else {
+                break;
+            };
+            if self.block(piece.block).is_gigantic() {
+                gone = piece;
+                out.push(gone);
+                upto += 1;
+                continue;
+            }
             if piece.start < range.start() {
                 rest.extend(piece.cut(PageRange::span(piece.start, range.start())));
             }
@@ -605,7 +717,9 @@ impl SpaceMap {
             );
         }
         for piece in &self.pieces {
-            assert!(piece.pages > 0 && (piece.first + piece.pages) as usize <= PAGES_PER_BLOCK);
+            let block = self.block(piece.block);
+            assert!(piece.pages > 0 && piece.first + piece.pages <= block.pages());
+            assert!(!block.is_gigantic() || piece.pages == block.pages());
             assert!(
                 self.block(piece.block).pieces.contains(piece),
                 "a block does not know its piece"
@@ -625,6 +739,10 @@ impl SpaceMap {
         let mut in_use = [0; MAX_DEVICES];
         for block in self.blocks() {
             let inner = block.lock();
+            if block.is_gigantic() {
+                inner.check_alike();
+                continue;
+            }
             let mut marked = 0;
             for index in 0..BLOCK_PAGES {
                 if let Some(device) = inner.coherent(index) {
@@ -651,10 +769,10 @@ mod tests {
     #[test]
     fn registration_cuts_at_block_boundaries_and_keeps_what_is_there() {
         let mut map = SpaceMap::new();
-        assert!(map.insert(range(1000, 1000), false));
+        assert!(map.insert(range(1000, 1000), PageCount::ONE));
         map.check();
         assert_eq!(map.pieces().len(), 3);
-        assert!(map.insert(range(900, 1200), false));
+        assert!(map.insert(range(900, 1200), PageCount::ONE));
         map.check();
         // The pages around join the blocks that their 2 MiB already have.
         let covered: u64 = map
@@ -671,7 +789,7 @@ mod tests {
     #[test]
     fn a_moved_page_keeps_its_block_and_index() {
         let mut map = SpaceMap::new();
-        map.insert(range(512, 1024), false);
+        map.insert(range(512, 1024), PageCount::ONE);
         let before = map.find(VirtAddr::new(700 * 4096)).unwrap();
         let taken = map.remove(range(600, 300), |_, _| {});
         map.insert_moved(
@@ -690,7 +808,7 @@ mod tests {
     #[test]
     fn a_hole_in_the_middle_leaves_both_sides() {
         let mut map = SpaceMap::new();
-        map.insert(range(512, 512), false);
+        map.insert(range(512, 512), PageCount::ONE);
         let taken = map.remove(range(600, 10), |_, _| {});
         map.release_blocks(&taken);
         map.check();
@@ -702,19 +820,19 @@ mod tests {
     #[test]
     fn new_memory_at_an_old_address_is_another_block_while_the_old_is_in_flight() {
         let mut map = SpaceMap::new();
-        map.insert(range(512, 512), false);
+        map.insert(range(512, 512), PageCount::ONE);
         let piece = map.find(VirtAddr::new(512 * 4096)).unwrap();
         map.block(piece.block)
             .lock()
             .set(0, PageState::Copying { data: true });
         let taken = map.remove(range(512, 512), |_, _| {});
         map.release_blocks(&taken);
-        map.insert(range(512, 512), false);
+        map.insert(range(512, 512), PageCount::ONE);
         map.check();
         let again = map.find(VirtAddr::new(512 * 4096)).unwrap();
         assert_ne!(again.block, piece.block);
         map.block(piece.block).lock().set(0, PageState::System);
-        map.insert(range(2048, 1), false);
+        map.insert(range(2048, 1), PageCount::ONE);
         assert_eq!(
             map.find(VirtAddr::new(2048 * 4096)).unwrap().block,
             piece.block

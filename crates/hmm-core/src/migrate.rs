@@ -72,7 +72,7 @@ impl Engine<'_> {
             let step = self.step_home(executor, rest, Home::request());
             if step.passed == 0 {
                 // The next page is in flight.
-                if rounds < BUSY_LIMIT {
+                if rounds < self.patience_at(from) {
                     rounds += 1;
                     self.wait_for_transition();
                     continue;
@@ -194,6 +194,9 @@ impl Engine<'_> {
         report: &mut MigrationReport,
     ) {
         let target = Target::of(device, mapping);
+        if mapping.huge_pages && mapping.page_len > PageCount::from(PAGES_PER_BLOCK) {
+            return self.migrate_gigantic_pages(executor, mapping, target, keep, report);
+        }
         if mapping.huge_pages {
             return self.migrate_huge_pages(executor, mapping.range, target, keep, report);
         }

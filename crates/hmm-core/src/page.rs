@@ -63,6 +63,35 @@ impl PageState {
         )
     }
 
+    /// The state of a page that is so many behind the one whose state this is, and
+    /// so are its frames.
+    pub(crate) fn of_page(self, offset: u32) -> Self {
+        let behind = |frame: FrameId| FrameId::new(frame.get() + offset);
+        match self {
+            Self::Device { device, frame } => Self::Device {
+                device,
+                frame: behind(frame),
+            },
+            Self::Dropping { device, frame } => Self::Dropping {
+                device,
+                frame: behind(frame),
+            },
+            Self::Dropped { device, frame } => Self::Dropped {
+                device,
+                frame: behind(frame),
+            },
+            Self::Downloading { device, frame } => Self::Downloading {
+                device,
+                frame: behind(frame),
+            },
+            Self::Transferring { device, frame } => Self::Transferring {
+                device,
+                frame: behind(frame),
+            },
+            other => other,
+        }
+    }
+
     /// The device that has the page, or is about to lose it.
     pub(crate) const fn device(self) -> Option<DeviceId> {
         match self {

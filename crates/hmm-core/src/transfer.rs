@@ -82,7 +82,8 @@ impl Engine<'_> {
         let map = self.gate.read();
         let piece = map.find(range.start())?;
         // All of it is on one device, whatever it was taken for.
-        if map.block(piece.block).is_hugetlb() && from != to {
+        let block = map.block(piece.block);
+        if block.is_gigantic() || block.is_hugetlb() && from != to {
             return None;
         }
         let mut inner = map.block(piece.block).lock();

@@ -2,7 +2,7 @@
 
 use hmm_hal::{Mapping, RegisterError};
 use hmm_sync::WriteGuard;
-use hmm_types::{MemoryKind, PAGE_SIZE, PageCount, PageRange, StayReason, VirtAddr};
+use hmm_types::{PAGE_SIZE, PAGES_PER_BLOCK, PageCount, PageRange, StayReason, VirtAddr};
 
 use crate::engine::Engine;
 use crate::executor::Executor;
@@ -20,7 +20,11 @@ impl Engine<'_> {
         mapping: &Mapping,
     ) -> Option<StayReason> {
         // Also where it is registered already: it may have been for another reason.
-        if mapping.huge_pages && !self.rooms.prepare() {
+        let prepare = |page_len: PageCount| {
+            let gigantic = page_len > PageCount::from(PAGES_PER_BLOCK);
+            self.rooms.prepare() && (!gigantic || self.gigantic.prepare(page_len))
+        };
+        if mapping.huge_pages && !prepare(mapping.page_len) {
             return Some(StayReason::NoSystemMemory);
         }
         if self.registered_pages(mapping.range) == mapping.range.pages() {
@@ -82,7 +86,7 @@ impl Engine<'_> {
                 .mapping_that_is(judged)
                 .is_some_and(|now| now.encloses(range))
             && self.was_met(range);
-        if same && map.insert(range, judged.huge_pages) {
+        if same && map.insert(range, judged.page_len) {
             return Ok(true);
         }
         self.undo(map, range);
@@ -139,9 +143,8 @@ impl Engine<'_> {
         let mappings = self.mappings_of(range).into_iter().flatten();
         for mapping in mappings.filter(|mapping| !mapping.engine_owned) {
             // As it is now, which need not be what was there a moment ago.
-            let hugetlb = mapping.kind == MemoryKind::HugeTlb;
             self.space.registered(mapping.range, &mut |part| {
-                room &= map.insert(part, hugetlb);
+                room &= map.insert(part, mapping.page_len);
             });
         }
         room
@@ -155,6 +158,7 @@ impl Engine<'_> {
         let same = mappings.iter().all(|now| {
             now.kind == judged.kind
                 && now.huge_pages == judged.huge_pages
+                && now.page_len == judged.page_len
                 && now.shared_region == judged.shared_region
                 && now.whole == first.whole
                 && Self::immovable(now).is_none()

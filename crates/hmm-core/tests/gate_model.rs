@@ -134,6 +134,7 @@ impl AddressSpace for Space {
             && self.0.lock().unwrap().mapped
         {
             visit(Mapping {
+                page_len: PageCount::ONE,
                 huge_pages: false,
                 shared_region: false,
                 range,

@@ -46,8 +46,10 @@ pub struct Mapping {
     pub whole: PageRange,
     /// What backs it.
     pub kind: MemoryKind,
-    /// Memory of hugetlbfs that only this process has, in pages of 2 MiB that can
-    /// be write-protected, dropped and put back as a whole.
+    /// How much one page of it is: a page, and more in hugetlbfs.
+    pub page_len: PageCount,
+    /// Memory of hugetlbfs that only this process has, in pages that can be
+    /// write-protected, dropped and put back as a whole.
     pub huge_pages: bool,
     /// Memory that processes share through the library, so that the engine reaches
     /// every mapping of it: it can be write-protected, dropped and put back in all

@@ -3,7 +3,7 @@
 use hmm_hal::{Event, FaultKind, SpaceId};
 use hmm_types::{Access, MemoryKind, PageCount, PageRange, Permissions, VirtAddr};
 
-use crate::memory::Vma;
+use crate::memory::{Vma, huge_page_of};
 use crate::page::Payload;
 use crate::queue::Ticket;
 use crate::space::{SimSpace, State};
@@ -34,6 +34,8 @@ pub struct MapRequest {
     pub range: PageRange,
     /// What.
     pub kind: MemoryKind,
+    /// How much one page of it is: more than one in hugetlbfs.
+    pub page_len: PageCount,
     /// Registered with somebody else's userfaultfd.
     pub foreign: bool,
 }
@@ -106,6 +108,7 @@ impl SimSpace {
     pub fn mmap(&self, request: MapRequest) {
         self.state().own().insert(Vma {
             kind: request.kind,
+            page_len: request.page_len,
             foreign: request.foreign,
             ..Vma::anonymous(request.range)
         });
@@ -241,8 +244,9 @@ impl SimSpace {
         if vma.kind == MemoryKind::HugeTlb {
             // Whole pages, from the start on. Others may have mapped them where the
             // call has not been yet.
-            let whole = part.end().block_floor();
-            let fits = part.start().is_block_aligned() && part.start() < whole;
+            let floor = |at| huge_page_of(at, vma.page_len).start();
+            let whole = floor(part.end());
+            let fits = part.start() == floor(part.start()) && part.start() < whole;
             part = fits.then(|| PageRange::span(part.start(), whole))?;
         }
         let event = vma

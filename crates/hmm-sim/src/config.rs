@@ -70,6 +70,8 @@ pub struct SimConfig {
     pub restless: bool,
     /// Whether the program has pages of hugetlbfs.
     pub huge_pages: bool,
+    /// How much one page of hugetlbfs of several blocks is, if there are such.
+    pub gigantic: Option<PageCount>,
     /// Whether the CPU can read the memory of devices.
     pub host_view: bool,
     /// What the engine is opened with.
@@ -91,6 +93,13 @@ impl SimConfig {
             }
         };
         let poison = !rng.one_in(4);
+        let huge_pages = SimRng::new(seed, 7).one_in(4);
+        // Drawn by themselves, so that they change nothing else of a seed.
+        let gigantic = {
+            let mut rng = SimRng::new(seed, 9);
+            let page_len = PageCount::new(512 << rng.between(1, 2));
+            (huge_pages && rng.one_in(2)).then_some(page_len)
+        };
         Self {
             seed,
             ops,
@@ -109,7 +118,7 @@ impl SimConfig {
             frames: u32::try_from(if rng.one_in(3) {
                 rng.between(8, 64)
             } else {
-                rng.between(256, 2048)
+                rng.between(256, 2048) * if gigantic.is_some() { 4 } else { 1 }
             })
             .unwrap_or(8),
             small_slots: rng.between(2, 4),
@@ -132,8 +141,8 @@ impl SimConfig {
             lose_devices: faulty && poison && rng.one_in(4),
             racy_requests: false,
             restless: rng.one_in(6),
-            // Drawn by itself, so that it changes nothing else of a seed.
-            huge_pages: SimRng::new(seed, 7).one_in(4),
+            huge_pages,
+            gigantic,
             host_view: SimRng::new(seed, 8).one_in(2),
             settings: Settings {
                 fault_granule: PageCount::new(1 << rng.below(6)),

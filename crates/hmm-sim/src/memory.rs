@@ -25,9 +25,15 @@ pub(crate) const fn is_private(kind: MemoryKind) -> bool {
     matches!(kind, MemoryKind::PrivateAnonymous | MemoryKind::HugeTlb)
 }
 
-/// The 2 MiB around an address: a page of hugetlbfs, where it is one.
+/// The 2 MiB around an address.
 pub(crate) fn block_of(address: VirtAddr) -> PageRange {
     PageRange::from_pages(address.block_floor(), PageCount::from(PAGES_PER_BLOCK))
+}
+
+/// The page of so many small ones around an address.
+pub(crate) fn huge_page_of(address: VirtAddr, page_len: PageCount) -> PageRange {
+    let start = address.get() - address.get() % page_len.bytes().get();
+    PageRange::from_pages(VirtAddr::new(start), page_len)
 }
 
 /// One mapping.
@@ -35,6 +41,8 @@ pub(crate) fn block_of(address: VirtAddr) -> PageRange {
 pub(crate) struct Vma {
     pub range: PageRange,
     pub kind: MemoryKind,
+    /// How much one page is: more than one in hugetlbfs.
+    pub page_len: PageCount,
     pub permissions: Permissions,
     pub locked: bool,
     /// Registered with the engine's userfaultfd.
@@ -54,6 +62,7 @@ impl Vma {
         Self {
             range,
             kind: MemoryKind::PrivateAnonymous,
+            page_len: PageCount::ONE,
             permissions: Permissions::READ_WRITE,
             locked: false,
             registered: false,
@@ -108,6 +117,12 @@ impl Memory {
     pub(crate) fn is_hugetlb(&self, address: VirtAddr) -> bool {
         let vma = self.vma_at(address);
         vma.is_some_and(|vma| vma.kind == MemoryKind::HugeTlb)
+    }
+
+    /// The page that an address is in: more than one small page in hugetlbfs.
+    pub(crate) fn page_of(&self, address: VirtAddr) -> PageRange {
+        let vma = self.vma_at(address);
+        huge_page_of(address, vma.map_or(PageCount::ONE, |vma| vma.page_len))
     }
 
     /// A page, if there is one.
@@ -195,10 +210,11 @@ impl Memory {
     pub(crate) fn populate(&mut self, address: VirtAddr, huge: bool) {
         let block = block_of(address);
         if self.is_hugetlb(address) {
-            for page in block.iter_pages() {
+            let whole = self.page_of(address);
+            for page in whole.iter_pages() {
                 let old = self.pages.insert(page, Page::new(ZEROS));
                 let there = old.is_some_and(|old| !old.left_protection);
-                assert!(!there, "simulator: a part of {block} is there");
+                assert!(!there, "simulator: a part of {whole} is there");
             }
             return;
         }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use hmm_hal::SpaceId;
-use hmm_types::{Access, MemoryKind, PageRange, Permissions, VirtAddr};
+use hmm_types::{Access, MemoryKind, PageCount, PageRange, Permissions, VirtAddr};
 
 use crate::calls::ForkAdvice;
 use crate::memory::{is_private, take_range};
@@ -14,6 +14,8 @@ use crate::rng::SimRng;
 #[derive(Clone, Debug)]
 pub(crate) struct Expected {
     pub kind: MemoryKind,
+    /// How much one page is: more than one in hugetlbfs.
+    pub page_len: PageCount,
     pub permissions: Permissions,
     advice: Option<ForkAdvice>,
     /// What the page may hold: mostly one thing, several when accesses race
@@ -138,12 +140,13 @@ impl Oracle {
             })
     }
 
-    pub(crate) fn map(&mut self, range: PageRange, kind: MemoryKind) {
+    pub(crate) fn map(&mut self, range: PageRange, kind: MemoryKind, page_len: PageCount) {
         for page in range.iter_pages() {
             let old = self.own().insert(
                 page,
                 Expected {
                     kind,
+                    page_len,
                     permissions: Permissions::READ_WRITE,
                     advice: None,
                     allowed: vec![ZEROS],

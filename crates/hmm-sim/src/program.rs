@@ -10,7 +10,7 @@ use crate::actor::Kind;
 use crate::calls::{ForkAdvice, MapRequest};
 use crate::config::SimConfig;
 use crate::engine::Request;
-use crate::memory::block_of;
+use crate::memory::huge_page_of;
 use crate::oracle::{Flux, Oracle};
 use crate::page::SIM_PAGE_BYTES;
 use crate::rng::SimRng;
@@ -18,8 +18,12 @@ use crate::space::ARENA_START;
 
 /// Size of the part of the address space that programs use.
 const ARENA_PAGES: u64 = 5 * PAGES_PER_BLOCK as u64;
+/// The same where there are pages of several blocks.
+const GIGANTIC_ARENA_PAGES: u64 = 16 * PAGES_PER_BLOCK as u64;
 /// A program has at most so many pages mapped.
 const MAX_MAPPED_PAGES: usize = 1600;
+/// The same where there are pages of several blocks.
+const MAX_GIGANTIC_PAGES: usize = 6000;
 /// Children that are alive at a time.
 const MAX_CHILDREN: usize = 3;
 /// Attempts to find a free place.
@@ -157,7 +161,7 @@ impl Chooser<'_> {
             });
         }
         match rng.below(100) {
-            0..10 if mapped < MAX_MAPPED_PAGES => self.map(rng),
+            0..10 if mapped < self.most_mapped() => self.map(rng),
             10..14 => change(Op::Unmap(changed)),
             14..15 => change(Op::MapOver(changed)),
             15..19 => change(self.remap(rng, changed)),
@@ -198,20 +202,29 @@ impl Chooser<'_> {
             1 => MemoryKind::Shared,
             _ => MemoryKind::PrivateAnonymous,
         };
+        let mut page_len = PageCount::ONE;
         let (kind, pages) = if self.config.huge_pages && rng.one_in(6) {
-            (
-                MemoryKind::HugeTlb,
-                PAGES_PER_BLOCK as u64 * rng.between(1, 2),
-            )
+            page_len = PageCount::from(PAGES_PER_BLOCK);
+            let pages = PAGES_PER_BLOCK as u64 * rng.between(1, 2);
+            match self.config.gigantic {
+                Some(gigantic) if rng.one_in(2) => {
+                    page_len = gigantic;
+                    let pages = gigantic.get() * if rng.one_in(4) { 2 } else { 1 };
+                    (MemoryKind::HugeTlb, pages)
+                }
+                _ => (MemoryKind::HugeTlb, pages),
+            }
         } else if rng.one_in(8) {
             (kind, PAGES_PER_BLOCK as u64)
         } else {
             (kind, rng.between(1, 64))
         };
-        self.place(rng, pages).map_or(Op::Idle, |range| {
+        let place = self.place(rng, pages, page_len);
+        place.map_or(Op::Idle, |range| {
             Op::Map(MapRequest {
                 range,
                 kind,
+                page_len,
                 foreign: rng.one_in(40),
             })
         })
@@ -219,17 +232,19 @@ impl Chooser<'_> {
 
     /// A free place; often one that has just become free, and perhaps nobody
     /// has read of that yet.
-    fn place(&self, rng: &mut SimRng, pages: u64) -> Option<PageRange> {
+    fn place(&self, rng: &mut SimRng, pages: u64, page_len: PageCount) -> Option<PageRange> {
         (0..PLACE_ATTEMPTS).find_map(|_| {
-            let mut first = rng.below(ARENA_PAGES - pages);
+            let arena = self.arena();
+            let mut first = rng.below(arena - pages);
             if let Some(left) = self.oracle.left(rng)
                 && rng.one_in(2)
             {
-                first = left.pages_since(ARENA_START).min(ARENA_PAGES - pages);
+                first = left.pages_since(ARENA_START).min(arena - pages);
             }
             if pages >= PAGES_PER_BLOCK as u64 {
                 first -= first % PAGES_PER_BLOCK as u64;
             }
+            first -= first % page_len.get();
             let range = PageRange::from_pages(ARENA_START.plus_pages(first), PageCount::new(pages));
             let flux = self.oracle.flux(SpaceId::OWN, range);
             let free = self.oracle.is_free(range) && matches!(flux, None | Some(Flux::Gone));
@@ -242,11 +257,30 @@ impl Chooser<'_> {
         page.is_some_and(|page| page.kind == MemoryKind::HugeTlb)
     }
 
+    fn page_len(&self, space: SpaceId, address: VirtAddr) -> PageCount {
+        let page = self.oracle.page(space, address);
+        page.map_or(PageCount::ONE, |page| page.page_len)
+    }
+
+    const fn arena(&self) -> u64 {
+        match self.config.gigantic {
+            Some(_) => GIGANTIC_ARENA_PAGES,
+            None => ARENA_PAGES,
+        }
+    }
+
+    const fn most_mapped(&self) -> usize {
+        match self.config.gigantic {
+            Some(_) => MAX_GIGANTIC_PAGES,
+            None => MAX_MAPPED_PAGES,
+        }
+    }
+
     /// The first pages of a range that one call can change: of hugetlbfs, the whole
     /// page.
     fn changeable(&self, space: SpaceId, range: PageRange) -> PageRange {
         if self.is_hugetlb(space, range.start()) {
-            return block_of(range.start());
+            return huge_page_of(range.start(), self.page_len(space, range.start()));
         }
         let mut pages = range.iter_pages();
         match pages.position(|page| self.is_hugetlb(space, page)) {
@@ -257,7 +291,8 @@ impl Chooser<'_> {
 
     fn remap(&self, rng: &mut SimRng, from: PageRange) -> Op {
         if self.is_hugetlb(SpaceId::OWN, from.start()) {
-            let to = self.place(rng, from.pages().get());
+            let page_len = self.page_len(SpaceId::OWN, from.start());
+            let to = self.place(rng, from.pages().get(), page_len);
             return to.map_or(Op::Idle, |to| Op::Remap(from, to));
         }
         let pages = match rng.below(4) {
@@ -274,7 +309,7 @@ impl Chooser<'_> {
             };
             return if free { Op::Remap(from, to) } else { Op::Idle };
         }
-        self.place(rng, pages)
+        self.place(rng, pages, PageCount::ONE)
             .map_or(Op::Idle, |to| Op::Remap(from, to))
     }
 
@@ -296,7 +331,7 @@ impl Chooser<'_> {
         let pages = self.oracle.space(space)?;
         // Near a random place, so that each mapping has the same chance at its
         // first pages, and accesses meet. Or what has just changed hands.
-        let mut from = ARENA_START.plus_pages(rng.below(ARENA_PAGES));
+        let mut from = ARENA_START.plus_pages(rng.below(self.arena()));
         if let Some(left) = self.oracle.left(rng)
             && rng.one_in(4)
         {

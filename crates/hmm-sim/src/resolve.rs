@@ -4,7 +4,7 @@
 use hmm_hal::{Progress, SpaceId, Stop};
 use hmm_types::{MemoryKind, PAGES_PER_BLOCK, PageCount, PageRange, VirtAddr};
 
-use crate::memory::{Memory, block_of};
+use crate::memory::Memory;
 use crate::page::{Page, ZEROS};
 use crate::space::{SimSpace, State};
 
@@ -141,12 +141,10 @@ impl State {
         if self.again(space) {
             return stopped(0, Stop::Again);
         }
-        let hugetlb = self
-            .memories
-            .get(&space)
-            .is_some_and(|memory| memory.is_hugetlb(to.start()));
-        if hugetlb {
-            return self.fill_huge_pages(space, with, to);
+        let memory = self.memories.get(&space);
+        let hugetlb = memory.filter(|memory| memory.is_hugetlb(to.start()));
+        if let Some(first) = hugetlb.map(|memory| memory.page_of(to.start())) {
+            return self.fill_huge_pages(space, with, to, first);
         }
         let mut progress = all(to);
         for (index, page) in (0..).zip(to.iter_pages()) {
@@ -160,19 +158,25 @@ impl State {
 
     /// The same in hugetlbfs, one whole page after the other. Zeros and poison for a
     /// part of a page are for all of it: there is no less.
-    fn fill_huge_pages(&mut self, space: SpaceId, with: Filling, to: PageRange) -> Progress {
-        let first = block_of(to.start());
+    fn fill_huge_pages(
+        &mut self,
+        space: SpaceId,
+        with: Filling,
+        to: PageRange,
+        first: PageRange,
+    ) -> Progress {
         let asked = to.pages();
         let to = match with {
             Filling::Zeros | Filling::Poison if first.encloses(to) => first,
             _ => to,
         };
         let once_in = self.rates.copy_no_memory;
-        for block in to.blocks() {
-            let done = block.start().pages_since(to.start());
-            if block.pages() != first.pages() {
-                return stopped(done, Stop::Incompatible);
-            }
+        let page_len = first.pages().get();
+        if to.start() != first.start() || !to.pages().get().is_multiple_of(page_len) {
+            return stopped(0, Stop::Incompatible);
+        }
+        for done in (0..to.pages().get()).step_by(first.pages().index()) {
+            let block = to.slice(done, page_len);
             let there = |memory: &Memory| memory.page(block.start()).is_some();
             if self.memories.get(&space).is_some_and(there) {
                 return stopped(done, Stop::Exists);
@@ -233,9 +237,9 @@ impl State {
             return stopped(0, Stop::Again);
         }
         let own = self.own();
-        let block = block_of(range.start());
-        if own.is_hugetlb(range.start()) && block.encloses(range) && block != range {
-            let protected = self.write_protect(block, on);
+        let whole = own.page_of(range.start());
+        if own.is_hugetlb(range.start()) && whole.encloses(range) && whole != range {
+            let protected = self.write_protect(whole, on);
             return match protected.stop {
                 None => all(range),
                 Some(_) => protected,

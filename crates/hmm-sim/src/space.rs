@@ -286,9 +286,10 @@ impl State {
             return Err(RegisterError::Unsuitable);
         }
         // Nothing less than a page.
-        let cuts = |at: VirtAddr| own.is_hugetlb(at) && !at.is_block_aligned();
         let last = range.slice(range.pages().get() - 1, 1);
-        if cuts(range.start()) || own.is_hugetlb(last.start()) && !range.end().is_block_aligned() {
+        let starts = own.page_of(range.start()).start() == range.start();
+        let ends = own.page_of(last.start()).end() == range.end();
+        if !(starts && ends) {
             return Err(RegisterError::Unsuitable);
         }
         // An event that is to be read may be about what was there before, and
@@ -327,6 +328,7 @@ impl AddressSpace for SimSpace {
         };
         for (vma, whole) in vmas {
             visit(Mapping {
+                page_len: vma.page_len,
                 huge_pages: vma.kind == MemoryKind::HugeTlb && self.moves_huge_pages(),
                 shared_region: false,
                 range: vma.range,

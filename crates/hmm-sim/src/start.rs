@@ -1,7 +1,7 @@
 //! How operations begin.
 
 use hmm_hal::SpaceId;
-use hmm_types::{DeviceId, PageRange};
+use hmm_types::{DeviceId, MemoryKind, PageCount, PageRange};
 
 use crate::actor::{Kind, Task, Then, Touching};
 use crate::calls::MapRequest;
@@ -37,7 +37,8 @@ impl<E: EngineUnderTest> World<E> {
                 self.space.mmap(request);
                 let mut scene = self.scene();
                 scene.epoch += 1;
-                scene.oracle.map(request.range, request.kind);
+                let MapRequest { kind, page_len, .. } = request;
+                scene.oracle.map(request.range, kind, page_len);
                 Task::Idle
             }
             Op::Unmap(range) => {
@@ -52,9 +53,8 @@ impl<E: EngineUnderTest> World<E> {
                 {
                     let mut scene = self.scene();
                     scene.oracle.unmap(space, range);
-                    scene
-                        .oracle
-                        .map(range, hmm_types::MemoryKind::PrivateAnonymous);
+                    let kind = MemoryKind::PrivateAnonymous;
+                    scene.oracle.map(range, kind, PageCount::ONE);
                 }
                 self.wait(ticket, space, range, Flux::Arriving)
             }

@@ -25,6 +25,7 @@ fn space() -> SimSpace {
     space.mmap(MapRequest {
         range: pages(0, 16),
         kind: MemoryKind::PrivateAnonymous,
+        page_len: PageCount::ONE,
         foreign: false,
     });
     for (index, page) in (1..).zip(pages(0, 16).iter_pages()) {
@@ -175,6 +176,7 @@ fn protected_and_poisoned_pages_stop_their_users() {
     space.mmap(MapRequest {
         range: page,
         kind: MemoryKind::PrivateAnonymous,
+        page_len: PageCount::ONE,
         foreign: false,
     });
     assert_eq!(write(&space, page.start(), 1), Touch::Done);
@@ -197,6 +199,7 @@ fn a_whole_huge_page_stays_huge() {
     space.mmap(MapRequest {
         range,
         kind: MemoryKind::PrivateAnonymous,
+        page_len: PageCount::ONE,
         foreign: false,
     });
     space.register(range).unwrap();

@@ -62,6 +62,7 @@ impl Process {
         self.space.mmap(MapRequest {
             range,
             kind: MemoryKind::PrivateAnonymous,
+            page_len: PageCount::ONE,
             foreign: false,
         });
         for page in range.iter_pages() {
@@ -377,6 +378,7 @@ fn a_drop_announced_by_memory_that_is_let_go_is_remembered() {
             space.mmap(MapRequest {
                 range: pages(PAGES),
                 kind: MemoryKind::PrivateAnonymous,
+                page_len: PageCount::ONE,
                 foreign: false,
             });
         }
@@ -426,6 +428,7 @@ fn what_is_let_go_is_registered_as_what_it_is() {
             space.mmap(MapRequest {
                 range,
                 kind: MemoryKind::HugeTlb,
+                page_len: PageCount::from(hmm_types::PAGES_PER_BLOCK),
                 foreign: false,
             });
             let ticket = space.dontneed(SpaceId::OWN, other).unwrap().1;
@@ -482,6 +485,7 @@ fn a_drop_that_comes_under_a_copy_holds_up_nobody() {
     process.space.mmap(MapRequest {
         range,
         kind: MemoryKind::HugeTlb,
+        page_len: PageCount::from(hmm_types::PAGES_PER_BLOCK),
         foreign: false,
     });
     process.engine.request(Request::Migrate(range, device));
@@ -579,6 +583,7 @@ fn an_old_fault_puts_no_zeros_where_pages_are_away() {
             space.mmap(MapRequest {
                 range: grown,
                 kind: MemoryKind::PrivateAnonymous,
+                page_len: PageCount::ONE,
                 foreign: false,
             });
             let fill = &mut |data: &mut hmm_sim::Payload| data.fill(7);

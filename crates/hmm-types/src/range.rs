@@ -227,7 +227,16 @@ impl PageRange {
     /// The range cut at 2 MiB boundaries.
     #[must_use]
     pub const fn blocks(self) -> BlockSpans {
-        BlockSpans { rest: Some(self) }
+        self.cut_at(PageCount::new(BLOCK_SIZE / PAGE_SIZE))
+    }
+
+    /// The range cut at multiples of so many pages.
+    #[must_use]
+    pub const fn cut_at(self, pages: PageCount) -> BlockSpans {
+        BlockSpans {
+            rest: Some(self),
+            span: pages,
+        }
     }
 }
 
@@ -243,10 +252,12 @@ impl fmt::Debug for PageRange {
     }
 }
 
-/// The parts of a range between 2 MiB boundaries; see [`PageRange::blocks`].
+/// The parts of a range between boundaries; see [`PageRange::blocks`] and
+/// [`PageRange::cut_at`].
 #[derive(Clone, Debug)]
 pub struct BlockSpans {
     rest: Option<PageRange>,
+    span: PageCount,
 }
 
 impl Iterator for BlockSpans {
@@ -254,7 +265,9 @@ impl Iterator for BlockSpans {
 
     fn next(&mut self) -> Option<PageRange> {
         let rest = self.rest?;
-        let cut = VirtAddr::new(rest.start().block_floor().get() + BLOCK_SIZE);
+        let span = self.span.bytes().get();
+        let at = rest.start().get();
+        let cut = VirtAddr::new(at - at % span + span);
         if cut < rest.end() {
             self.rest = Some(PageRange::span(cut, rest.end()));
             Some(PageRange::span(rest.start(), cut))
