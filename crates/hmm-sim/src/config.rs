@@ -2,7 +2,7 @@
 
 use hmm_core::Settings;
 use hmm_hal::Capabilities;
-use hmm_types::PageCount;
+use hmm_types::{PAGES_PER_BLOCK, PageCount};
 
 use crate::rng::SimRng;
 
@@ -82,6 +82,32 @@ impl SimConfig {
     /// The run that belongs to a seed.
     #[must_use]
     pub fn from_seed(seed: u64, ops: u64) -> Self {
+        let config = Self::without_gigantic(seed, ops);
+        // Drawn by itself, so that it changes nothing else of a seed.
+        if config.huge_pages && SimRng::new(seed, 9).one_in(2) {
+            config.with_gigantic()
+        } else {
+            config
+        }
+    }
+
+    /// The same run with pages of hugetlbfs of several blocks, and with devices that
+    /// hold some.
+    #[must_use]
+    pub fn with_gigantic(self) -> Self {
+        if self.gigantic.is_some() {
+            return self;
+        }
+        let blocks = 1 << SimRng::new(self.seed, 10).between(1, 2);
+        Self {
+            huge_pages: true,
+            gigantic: Some(PageCount::from(PAGES_PER_BLOCK * blocks)),
+            frames: self.frames * if self.frames >= 256 { 4 } else { 1 },
+            ..self
+        }
+    }
+
+    fn without_gigantic(seed: u64, ops: u64) -> Self {
         let mut rng = SimRng::new(seed, 1);
         let move_pages = !rng.one_in(4);
         let faulty = !rng.one_in(3);
@@ -93,13 +119,6 @@ impl SimConfig {
             }
         };
         let poison = !rng.one_in(4);
-        let huge_pages = SimRng::new(seed, 7).one_in(4);
-        // Drawn by themselves, so that they change nothing else of a seed.
-        let gigantic = {
-            let mut rng = SimRng::new(seed, 9);
-            let page_len = PageCount::new(512 << rng.between(1, 2));
-            (huge_pages && rng.one_in(2)).then_some(page_len)
-        };
         Self {
             seed,
             ops,
@@ -118,7 +137,7 @@ impl SimConfig {
             frames: u32::try_from(if rng.one_in(3) {
                 rng.between(8, 64)
             } else {
-                rng.between(256, 2048) * if gigantic.is_some() { 4 } else { 1 }
+                rng.between(256, 2048)
             })
             .unwrap_or(8),
             small_slots: rng.between(2, 4),
@@ -141,8 +160,9 @@ impl SimConfig {
             lose_devices: faulty && poison && rng.one_in(4),
             racy_requests: false,
             restless: rng.one_in(6),
-            huge_pages,
-            gigantic,
+            // Drawn by itself, so that it changes nothing else of a seed.
+            huge_pages: SimRng::new(seed, 7).one_in(4),
+            gigantic: None,
             host_view: SimRng::new(seed, 8).one_in(2),
             settings: Settings {
                 fault_granule: PageCount::new(1 << rng.below(6)),

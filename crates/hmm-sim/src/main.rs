@@ -34,6 +34,9 @@ struct Arguments {
     /// Gives the last device memory that the CPU uses in place.
     #[arg(long)]
     coherent: bool,
+    /// Gives every program pages of hugetlbfs of several blocks.
+    #[arg(long)]
+    gigantic: bool,
     /// Threads that run seeds; each seed is run by one.
     #[arg(long, default_value_t = 1)]
     jobs: u64,
@@ -117,10 +120,13 @@ fn run_seeds(arguments: &Arguments, shared: &Shared, end: u64) {
         if seed >= end || shared.stop.load(Ordering::Relaxed) {
             return;
         }
-        let config = SimConfig {
+        let mut config = SimConfig {
             coherent: arguments.coherent,
             ..SimConfig::from_seed(seed, arguments.ops)
         };
+        if arguments.gigantic {
+            config = config.with_gigantic();
+        }
         match run::<CoreEngine>(&config) {
             Ok(report) => {
                 if arguments.verbose {

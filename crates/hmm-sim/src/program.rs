@@ -203,7 +203,8 @@ impl Chooser<'_> {
             _ => MemoryKind::PrivateAnonymous,
         };
         let mut page_len = PageCount::ONE;
-        let (kind, pages) = if self.config.huge_pages && rng.one_in(6) {
+        let huge_once_in = if self.config.gigantic.is_some() { 3 } else { 6 };
+        let (kind, pages) = if self.config.huge_pages && rng.one_in(huge_once_in) {
             page_len = PageCount::from(PAGES_PER_BLOCK);
             let pages = PAGES_PER_BLOCK as u64 * rng.between(1, 2);
             match self.config.gigantic {

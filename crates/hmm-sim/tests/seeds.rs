@@ -52,6 +52,21 @@ fn the_engine_is_right_with_a_coherent_device() {
 }
 
 #[test]
+fn the_engine_is_right_with_pages_of_several_blocks() {
+    let mut whole = 0;
+    for seed in 0..SEEDS {
+        match run::<CoreEngine>(&SimConfig::from_seed(seed, OPS).with_gigantic()) {
+            Ok(report) => whole += report.engine["huge_pages"],
+            Err(failure) => panic!(
+                "seed {seed}: {}\nreplay: cargo run --release -p hmm-sim -- --gigantic --seed {seed} --ops {OPS}",
+                failure.message
+            ),
+        }
+    }
+    assert!(whole > 0, "no program of {SEEDS} moved such a page");
+}
+
+#[test]
 fn a_seed_of_the_engine_replays() {
     for seed in 0..20 {
         let config = SimConfig::from_seed(seed, OPS);
