@@ -104,8 +104,13 @@ impl Gigantic {
     /// Makes sure that there is room for a page of a size. False when engine memory
     /// is used up.
     pub(crate) fn prepare(&self, page_len: PageCount) -> bool {
+        let reserve = || {
+            let pages = Pages::untouched(page_len)?;
+            pages.prefer_huge();
+            Some(pages)
+        };
         self.room_for(page_len)
-            .is_some_and(|room| room.get_or_init(|| Pages::untouched(page_len)).is_some())
+            .is_some_and(|room| room.get_or_init(reserve).is_some())
     }
 
     /// Does not wait: `None` when somebody has it.

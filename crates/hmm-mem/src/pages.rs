@@ -5,6 +5,8 @@ use std::ptr::NonNull;
 
 use hmm_types::{PAGE_SIZE, PageCount, PageRange, VirtAddr};
 
+use rustix::mm::{Advice, madvise};
+
 use crate::arena;
 
 /// Pages of engine memory that devices copy into and out of, or that hold a
@@ -40,6 +42,14 @@ impl Pages {
         let layout = Layout::from_size_align(bytes, page).ok()?;
         let start = arena::allocate(layout)?.cast::<u8>();
         Some(Self { start, layout })
+    }
+
+    /// Asks for transparent huge pages: less to fill in where much of it is used at
+    /// once. A hint.
+    pub fn prefer_huge(&self) {
+        let start = self.start.as_ptr().cast();
+        // SAFETY: the block is this value's own; the advice drops no data.
+        let _ = unsafe { madvise(start, self.layout.size(), Advice::LinuxHugepage) };
     }
 
     /// Where they lie.

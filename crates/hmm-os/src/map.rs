@@ -6,7 +6,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
-use hmm_types::{BLOCK_SIZE, MemoryKind, PAGE_SIZE, PageRange, Permissions, VirtAddr};
+use hmm_types::{BLOCK_SIZE, MemoryKind, PAGE_SIZE, PageCount, PageRange, Permissions, VirtAddr};
 use linux_raw_sys::general::procmap_query_flags as flag;
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::{Errno, Result};
@@ -15,7 +15,8 @@ use crate::abi;
 use crate::refusal;
 use crate::text::{Lines, decimal, hex};
 
-const GIGABYTE: u64 = 1 << 30;
+/// The largest page that moves.
+pub(crate) const GIGABYTE: u64 = 1 << 30;
 /// The name of memory that was mapped with MAP_HUGETLB. A private mapping of a
 /// file on hugetlbfs is another thing: what is dropped there reads as the file.
 const ANONYMOUS_HUGE: &[u8] = b"/anon_hugepage";
@@ -28,10 +29,41 @@ pub(crate) struct Vma {
     pub(crate) kind: MemoryKind,
     /// Writes reach whatever backs it.
     pub(crate) shared: bool,
-    /// Pages of hugetlbfs of 2 MiB that no file and no other process has.
+    /// How much one page is: a page, and more in hugetlbfs.
+    pub(crate) page_len: PageCount,
+    /// Pages of hugetlbfs that no file and no other process has, of a size that can
+    /// move.
     pub(crate) own_huge_pages: bool,
-    /// Pages of hugetlbfs of a gigabyte; only PROCMAP_QUERY tells.
-    pub(crate) gigantic: bool,
+}
+
+impl Vma {
+    pub(crate) const fn is_gigantic(&self) -> bool {
+        self.page_len.bytes().get() == GIGABYTE
+    }
+
+    /// What is known of it besides, as the text of the map does not tell.
+    const fn with_page_bytes(self, bytes: u64) -> Self {
+        Self {
+            page_len: PageCount::new(if bytes > PAGE_SIZE {
+                bytes / PAGE_SIZE
+            } else {
+                1
+            }),
+            own_huge_pages: self.own_huge_pages && moves_pages_of(bytes),
+            ..self
+        }
+    }
+}
+
+/// The page of a size that an address is in.
+pub(crate) fn huge_page_of(address: VirtAddr, page_len: PageCount) -> PageRange {
+    let start = address.get() - address.get() % page_len.bytes().get();
+    PageRange::from_pages(VirtAddr::new(start), page_len)
+}
+
+/// Whether pages of hugetlbfs of a size can move.
+pub(crate) const fn moves_pages_of(bytes: u64) -> bool {
+    bytes.is_power_of_two() && BLOCK_SIZE <= bytes && bytes <= GIGABYTE
 }
 
 /// An open map.
@@ -134,7 +166,7 @@ impl Map {
             classify(name, query.inode, has(flag::PROCMAP_QUERY_VMA_SHARED))
         };
         let shared = has(flag::PROCMAP_QUERY_VMA_SHARED);
-        Ok(Some(Vma {
+        let vma = Vma {
             range,
             permissions: Permissions {
                 read: has(flag::PROCMAP_QUERY_VMA_READABLE),
@@ -143,11 +175,10 @@ impl Map {
             },
             kind,
             shared,
-            own_huge_pages: !shared
-                && query.vma_page_size == BLOCK_SIZE
-                && name.starts_with(ANONYMOUS_HUGE),
-            gigantic: query.vma_page_size == GIGABYTE,
-        }))
+            page_len: PageCount::ONE,
+            own_huge_pages: !shared && name.starts_with(ANONYMOUS_HUGE),
+        };
+        Ok(Some(vma.with_page_bytes(query.vma_page_size)))
     }
 
     fn visit_text(&self, range: PageRange, visit: &mut dyn FnMut(Vma)) -> Result<()> {
@@ -160,12 +191,12 @@ impl Map {
                 break;
             }
             if vma.range.overlaps(range) {
-                visit(Vma {
+                let bytes = match vma.kind {
                     // The text does not tell the size.
-                    own_huge_pages: vma.own_huge_pages
-                        && refusal::page_bytes(vma.range) == Ok(BLOCK_SIZE),
-                    ..vma
-                });
+                    MemoryKind::HugeTlb => refusal::page_bytes(vma.range).unwrap_or(0),
+                    _ => PAGE_SIZE,
+                };
+                visit(vma.with_page_bytes(bytes));
             }
         }
         Ok(())
@@ -193,8 +224,8 @@ pub(crate) fn parse_line(line: &[u8]) -> Option<Vma> {
         },
         kind: classify(name, inode, modes[3] == b's'),
         shared: modes[3] == b's',
+        page_len: PageCount::ONE,
         own_huge_pages: modes[3] != b's' && name.starts_with(ANONYMOUS_HUGE),
-        gigantic: false,
     })
 }
 

@@ -4,10 +4,10 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use hmm_types::{BLOCK_SIZE, ByteCount, MemoryKind, PageRange, Permissions, StayReason};
+use hmm_types::{ByteCount, MemoryKind, PageRange, Permissions, StayReason};
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 
-use crate::map::parse_line;
+use crate::map::{moves_pages_of, parse_line};
 
 /// One mapping of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,7 +67,7 @@ impl MappedMemory {
             MemoryKind::Shared if self.shared_region => None,
             MemoryKind::Shared => Some(StayReason::Shared),
             MemoryKind::HugeTlb if self.shared_region => None,
-            MemoryKind::HugeTlb if self.own_huge_pages && self.page_size.get() == BLOCK_SIZE => {
+            MemoryKind::HugeTlb if self.own_huge_pages && moves_pages_of(self.page_size.get()) => {
                 None
             }
             MemoryKind::HugeTlb => Some(StayReason::HugeTlb),
@@ -230,6 +230,8 @@ mod tests {
         mapped.own_huge_pages = true;
         assert_eq!(mapped.stays(), None);
         mapped.page_size = ByteCount::mib(1024);
+        assert_eq!(mapped.stays(), None);
+        mapped.page_size = ByteCount::kib(64);
         assert_eq!(mapped.stays(), Some(StayReason::HugeTlb));
     }
 

@@ -5,11 +5,13 @@
 //! page of every mapping before it: that file is read only when the process
 //! has locked anything at all.
 
+use std::ffi::CStr;
+use std::io::Write;
 use std::os::fd::AsFd;
 
-use hmm_types::{MemoryKind, PageRange, Permissions, StayReason};
+use hmm_types::{MemoryKind, PageCount, PageRange, Permissions, StayReason};
 use rustix::fs::{Mode, OFlags, open};
-use rustix::io::Result;
+use rustix::io::{Errno, Result};
 
 use crate::map::{Map, parse_line};
 use crate::text::{Lines, decimal};
@@ -55,23 +57,22 @@ pub(crate) fn anything_pinned() -> Result<bool> {
     counts_any(b"VmPin:")
 }
 
-/// Whether the kernel has a huge page that nobody has reserved.
-pub(crate) fn has_huge_page() -> Result<bool> {
-    let flags = OFlags::CLOEXEC | OFlags::RDONLY;
-    let meminfo = open(c"/proc/meminfo", flags, Mode::empty())?;
-    let mut lines = Lines::new(meminfo.as_fd());
-    let (mut free, mut reserved) = (0, 0);
-    while let Some(line) = lines.next()? {
-        for (key, value) in [
-            (&b"HugePages_Free:"[..], &mut free),
-            (b"HugePages_Rsvd:", &mut reserved),
-        ] {
-            if let Some(rest) = line.strip_prefix(key) {
-                *value = decimal(rest.trim_ascii_start()).map_or(0, |(value, _)| value);
-            }
-        }
-    }
-    Ok(free > reserved)
+/// Whether the kernel has a huge page of a size that nobody has reserved.
+pub(crate) fn has_huge_page(page_len: PageCount) -> Result<bool> {
+    let kib = page_len.bytes().get() >> 10;
+    let count = |what: &str| -> Result<u64> {
+        // Without the program's heap.
+        let mut name = [0u8; 96];
+        let mut rest = &mut name[..95];
+        write!(rest, "/sys/kernel/mm/hugepages/hugepages-{kib}kB/{what}")
+            .map_err(|_| Errno::NAMETOOLONG)?;
+        let name = CStr::from_bytes_until_nul(&name).map_err(|_| Errno::INVAL)?;
+        let file = open(name, OFlags::CLOEXEC | OFlags::RDONLY, Mode::empty())?;
+        let mut lines = Lines::new(file.as_fd());
+        let line = lines.next()?.ok_or(Errno::IO)?;
+        Ok(decimal(line).map_or(0, |(value, _)| value))
+    };
+    Ok(count("free_hugepages")? > count("resv_hugepages")?)
 }
 
 /// Size of a mapping's pages, as the kernel has them.

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::mem::{ManuallyDrop, MaybeUninit};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use hmm_hal::{
@@ -10,7 +11,9 @@ use hmm_hal::{
     RegisterError, SpaceError, SpaceId, StagingLayout, Stop,
 };
 use hmm_sync::assert_none_held;
-use hmm_types::{MemoryKind, PAGES_PER_BLOCK, PageCount, PageRange, StayReason, VirtAddr};
+use hmm_types::{
+    BLOCK_SIZE, MemoryKind, PAGES_PER_BLOCK, PageCount, PageRange, StayReason, VirtAddr,
+};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
@@ -19,7 +22,7 @@ use crate::abi::uffd_msg;
 use crate::child::Children;
 use crate::config::{Counters, Disable, OpenConfig, OpenError};
 use crate::excluded::{first_part, first_part_in, refresh_modules};
-use crate::map::{Map, Vma};
+use crate::map::{GIGABYTE, Map, Vma, huge_page_of};
 use crate::message::{Message, translate};
 use crate::pagemap::Pagemap;
 use crate::peek;
@@ -36,6 +39,9 @@ use crate::uffd::{
 };
 use crate::waiting::Waiting;
 
+/// Sizes of pages of hugetlbfs that a process has at a time, at most.
+const HUGE_SIZES: usize = 4;
+
 /// The descriptors and the memory of an open space.
 #[derive(Debug)]
 pub(crate) struct Parts {
@@ -48,6 +54,8 @@ pub(crate) struct Parts {
     /// A block that nobody ever writes to: what holes in huge pages are filled
     /// with.
     zeros: Region,
+    /// The same for larger ones, as soon as some are registered.
+    more_zeros: OnceLock<Option<Region>>,
     /// Registered, and of no other use: dropping it is an event.
     pub(crate) bell: Region,
     /// What must stay because only faults of user mode are delivered.
@@ -65,6 +73,9 @@ pub struct LinuxSpace {
     capabilities: Capabilities,
     /// Private memory of hugetlbfs can leave and come back.
     moves_huge_pages: bool,
+    /// Sizes of pages of hugetlbfs that have been registered: a bit for the logarithm
+    /// of each.
+    huge_sizes: AtomicU64,
     table: u32,
     pid: u32,
     pub(crate) waiting: Waiting,
@@ -149,9 +160,11 @@ impl LinuxSpace {
                 pagemap,
                 staging,
                 zeros,
+                more_zeros: OnceLock::new(),
                 bell,
                 thread_memory,
             }),
+            huge_sizes: AtomicU64::new(0),
             table: table(),
             pid: std::process::id(),
             waiting: Waiting::default(),
@@ -256,21 +269,36 @@ impl LinuxSpace {
         space: SpaceId,
         range: PageRange,
         call: impl FnOnce(&Uffd, PageRange) -> Progress,
-        on_huge: impl FnOnce(&Uffd, PageRange) -> Progress,
+        on_huge: impl Fn(&Uffd, PageRange) -> Progress,
     ) -> Progress {
         let progress = self.on(space, |uffd| call(uffd, range));
-        if progress.stop != Some(Stop::Incompatible) || !self.is_hugetlb(space, range) {
+        if progress.stop != Some(Stop::Incompatible) {
             return progress;
         }
-        let huge = huge_page_of(range);
-        let progress = self.on(space, |uffd| on_huge(uffd, huge));
-        match progress.stop {
-            None => Progress {
-                done: range.pages(),
-                stop: None,
-            },
-            Some(_) => progress,
+        let on_huge = |huge| self.on(space, |uffd| on_huge(uffd, huge));
+        self.on_huge_page(space, range, on_huge).unwrap_or(progress)
+    }
+
+    /// Calls for the page of hugetlbfs that a range is a part of, if it is. A child's
+    /// may be of any size that has been registered: what is too small is refused
+    /// there.
+    fn on_huge_page(
+        &self,
+        space: SpaceId,
+        range: PageRange,
+        call: impl Fn(PageRange) -> Progress,
+    ) -> Option<Progress> {
+        let mut last = None;
+        for huge in self.huge_pages_around(space, range).into_iter().flatten() {
+            let progress = call(huge);
+            let done = progress.done.min(range.pages());
+            let progress = Progress { done, ..progress };
+            if progress.stop != Some(Stop::Incompatible) {
+                return Some(progress);
+            }
+            last = Some(progress);
         }
+        last
     }
 
     /// Pages of shared memory were placed in the owner's mapping, and so for all.
@@ -301,7 +329,8 @@ impl LinuxSpace {
         // A child's page table is out of reach. Twice, as a page may come into the
         // pool between the two looks.
         let again = self.on(space, &place);
-        if again.stop == Some(Stop::Exists) && !refusal::has_huge_page().unwrap_or(false) {
+        let has_page = || refusal::has_huge_page(page.pages()).unwrap_or(false);
+        if again.stop == Some(Stop::Exists) && !has_page() {
             return stopped(Stop::NoMemory);
         }
         again
@@ -321,27 +350,79 @@ impl LinuxSpace {
 
     /// Whether a range is a part of one huge page of hugetlbfs.
     fn is_hugetlb(&self, space: SpaceId, range: PageRange) -> bool {
-        let huge = huge_page_of(range);
-        if range.end() > huge.end() {
-            return false;
-        }
+        let mut huge = self.huge_pages_around(space, range).into_iter().flatten();
+        huge.next().is_some()
+    }
+
+    /// The page of hugetlbfs that a range is a part of, if it is; of a child's, what
+    /// it may be, the smallest first.
+    fn huge_pages_around(
+        &self,
+        space: SpaceId,
+        range: PageRange,
+    ) -> [Option<PageRange>; HUGE_SIZES] {
+        let mut huge = [None; HUGE_SIZES];
         let first = range.slice(0, 1);
-        let mut found = false;
+        let around = |page_len| {
+            let page = huge_page_of(range.start(), page_len);
+            page.encloses(range).then_some(page)
+        };
         if space == SpaceId::OWN {
             let parts = self.parts();
             let _ = parts.map.visit(first, &mut |vma| {
-                found |= vma.kind == MemoryKind::HugeTlb;
+                if vma.kind == MemoryKind::HugeTlb {
+                    huge[0] = around(vma.page_len);
+                }
             });
             // By its name it is shared memory.
-            found |= parts.regions.has_huge(first);
+            if parts.regions.has_huge(first) {
+                huge[0] = around(RegionPages::Huge.size());
+            }
         } else if self.moves_huge_pages {
             // A child's map is out of reach. To allow writes to less than a page is
             // refused there, and does no harm elsewhere: a child may write to all
             // of its memory.
             let refused = self.on(space, |uffd| uffd.write_protect(first, false));
-            found = refused.stop == Some(Stop::Incompatible);
+            if refused.stop == Some(Stop::Incompatible) {
+                let sizes = self.huge_sizes.load(Ordering::Acquire);
+                let registered = (0..u64::BITS).filter(|shift| sizes >> shift & 1 != 0);
+                let pages = registered.filter_map(|shift| around(PageCount::new(1 << shift)));
+                huge.iter_mut()
+                    .zip(pages)
+                    .for_each(|(slot, page)| *slot = Some(page));
+            }
         }
-        found
+        huge
+    }
+
+    /// Memory of so many zeros.
+    fn zeros(&self, page_len: PageCount) -> Option<VirtAddr> {
+        let parts = self.parts();
+        if page_len <= parts.zeros.range().pages() {
+            return Some(parts.zeros.range().start());
+        }
+        let more = parts.more_zeros.get()?.as_ref()?.range();
+        (page_len <= more.pages()).then_some(more.start())
+    }
+
+    /// Gets ready for pages of hugetlbfs of a size. False when there are not so many
+    /// addresses.
+    fn prepare(&self, page_len: PageCount) -> bool {
+        let zeros = &self.parts().more_zeros;
+        if page_len > PageCount::from(PAGES_PER_BLOCK) {
+            let reserve = || {
+                let region = Region::reserve(GIGABYTE / BLOCK_SIZE).ok()?;
+                // One page of zeros for each block, and hardly any page tables.
+                let _ = region.prefer_huge(true);
+                Some(region)
+            };
+            if zeros.get_or_init(reserve).is_none() {
+                return false;
+            }
+        }
+        let shift = page_len.get().ilog2();
+        self.huge_sizes.fetch_or(1 << shift, Ordering::AcqRel);
+        true
     }
 
     /// Reads a message of one space.
@@ -475,6 +556,11 @@ impl AddressSpace for LinuxSpace {
                     } else {
                         vma.kind
                     },
+                    page_len: if huge_region {
+                        RegionPages::Huge.size()
+                    } else {
+                        vma.page_len
+                    },
                     huge_pages,
                     shared_region: parts.regions.has(part),
                     permissions: vma.permissions,
@@ -514,7 +600,7 @@ impl AddressSpace for LinuxSpace {
                     let huge = page.huge
                         || vma.kind == MemoryKind::HugeTlb
                         || parts.regions.has_huge(part);
-                    let gigantic = vma.gigantic;
+                    let gigantic = vma.is_gigantic();
                     visit(
                         part,
                         CpuPage {
@@ -541,7 +627,7 @@ impl AddressSpace for LinuxSpace {
 
     fn register(&self, range: PageRange) -> Result<(), RegisterError> {
         let parts = self.parts();
-        let mut suitable = false;
+        let (mut suitable, mut prepared) = (false, true);
         // The kernel would take shared memory as well, and skip what is not
         // mapped; nothing is registered that could not be served.
         let mut next = range.start();
@@ -549,6 +635,7 @@ impl AddressSpace for LinuxSpace {
             let gapless = vma.range.start() <= next;
             let movable = matches!(vma.kind, MemoryKind::PrivateAnonymous | MemoryKind::HugeTlb)
                 || parts.regions.has(vma.range);
+            prepared &= vma.kind != MemoryKind::HugeTlb || self.prepare(vma.page_len);
             suitable = gapless && movable && (suitable || next == range.start());
             next = if suitable {
                 vma.range.end()
@@ -558,6 +645,9 @@ impl AddressSpace for LinuxSpace {
         });
         if result.is_err() || !suitable || next < range.end() {
             return Err(RegisterError::Unsuitable);
+        }
+        if !prepared {
+            return Err(RegisterError::Limit);
         }
         let registered = parts.uffd.register(range, self.capabilities.write_protect);
         self.freed_unknown.store(true, Ordering::Relaxed);
@@ -604,7 +694,7 @@ impl AddressSpace for LinuxSpace {
 
     fn copy_pages(&self, space: SpaceId, from: VirtAddr, to: PageRange) -> Progress {
         let copy = |uffd: &Uffd| uffd.copy(from, to);
-        let whole = to.pages() == PageCount::from(PAGES_PER_BLOCK);
+        let whole = to.pages() >= PageCount::from(PAGES_PER_BLOCK);
         // Nothing but pages of hugetlbfs is given to a child in one piece.
         let huge = whole && (space != SpaceId::OWN || self.is_hugetlb(space, to));
         let progress = if huge {
@@ -629,15 +719,17 @@ impl AddressSpace for LinuxSpace {
         let filled = self.on(space, |uffd| uffd.zero(range));
         // hugetlbfs has no page of zeros to share, and no smaller one. Asked only then:
         // anywhere else, to place a whole one would hide what is still owed there.
-        if filled.stop == Some(Stop::Incompatible) && self.is_hugetlb(space, range) {
-            let zeros = self.parts().zeros.range().start();
-            let huge = huge_page_of(range);
-            let filled = self.place_huge(space, huge, |uffd| uffd.copy(zeros, huge));
-            let filled = self.placed(space, huge, filled);
-            return Progress {
-                done: filled.done.min(range.pages()),
-                ..filled
+        if filled.stop == Some(Stop::Incompatible) {
+            let fill = |huge: PageRange| {
+                let filled = match self.zeros(huge.pages()) {
+                    Some(zeros) => self.place_huge(space, huge, |uffd| uffd.copy(zeros, huge)),
+                    None => stopped(Stop::Incompatible),
+                };
+                self.placed(space, huge, filled)
             };
+            if let Some(filled) = self.on_huge_page(space, range, fill) {
+                return filled;
+            }
         }
         self.placed(space, range, filled)
     }
@@ -854,12 +946,4 @@ fn freed_pages_exist() -> bool {
         }
     }
     true
-}
-
-/// The huge page that a range is a part of.
-fn huge_page_of(range: PageRange) -> PageRange {
-    PageRange::from_pages(
-        range.start().block_floor(),
-        PageCount::from(PAGES_PER_BLOCK),
-    )
 }

@@ -428,59 +428,6 @@ fn a_child_without_a_page_holds_up_nobody() {
     end(hmm, &device);
 }
 
-/// A reserved page of 1 GiB, given back at the end.
-struct Gigabyte;
-
-impl Gigabyte {
-    const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages";
-
-    fn reserve() -> Result<Self, String> {
-        let pool = std::fs::write(Self::POOL, "1")
-            .and_then(|()| std::fs::read_to_string(Self::POOL))
-            .map_err(|error| error.to_string())?;
-        let reserved = Self;
-        match pool.trim() {
-            "1" => Ok(reserved),
-            pages => Err(format!("{pages} after one was asked for")),
-        }
-    }
-}
-
-impl Drop for Gigabyte {
-    fn drop(&mut self) {
-        if let Err(error) = std::fs::write(Self::POOL, "0") {
-            println!("a page of 1 GiB stays reserved: {error}");
-        }
-    }
-}
-
-/// Without PROCMAP_QUERY the size of pages is looked up elsewhere.
-#[test]
-fn pages_of_a_gigabyte_are_told_without_procmap_query() {
-    let _pool = pool!(0);
-    let _dog = watchdog("pages_of_a_gigabyte_are_told_without_procmap_query", 60);
-    let _gigabyte = match Gigabyte::reserve() {
-        Ok(reserved) => reserved,
-        Err(why) => skip!("no page of 1 GiB can be reserved: {why}"),
-    };
-    let disable = Disable {
-        procmap_query: true,
-        ..Disable::default()
-    };
-    let (hmm, device) = engine_of(Hmm::builder().disable(disable), 16);
-    let flags = libc::MAP_PRIVATE | (30 << 26);
-    let map = {
-        let access = libc::PROT_READ | libc::PROT_WRITE;
-        Map::with(512 * HUGE, access, flags | libc::MAP_HUGETLB, -1)
-    };
-    let report = hmm.migrate(map.part(0, 10), device.id()).unwrap();
-    assert_eq!(report.stayed[0].reason, StayReason::HugeTlb, "{report}");
-    map.set(7777 * WORDS, 3);
-    assert_eq!(map.get(7777 * WORDS), 3);
-    drop(map);
-    end(hmm, &device);
-}
-
 /// Before a fork that is not reported everything has to come home, for which the
 /// kernel may have no page: so nothing leaves.
 #[test]
@@ -556,40 +503,6 @@ fn mirrors_huge_pages(disable: Disable) {
     let entries = hmm.snapshot(shared.range()).unwrap();
     assert!(entries.iter().all(here), "{:?}", entries[0]);
     drop((map, shared));
-    end(hmm, &device);
-}
-
-/// Pages of a gigabyte stay, and devices use them in place.
-#[test]
-fn a_page_of_a_gigabyte_is_used_in_place() {
-    const MAP_HUGE_1GB: i32 = 30 << 26;
-    const GIGABYTE: usize = 262_144;
-    let _pool = pool!(0);
-    let _dog = watchdog("a_page_of_a_gigabyte_is_used_in_place", 60);
-    let _gigabyte = match Gigabyte::reserve() {
-        Ok(reserved) => reserved,
-        Err(why) => skip!("no page of 1 GiB can be reserved: {why}"),
-    };
-    let (hmm, device) = engine(16);
-    let access = libc::PROT_READ | libc::PROT_WRITE;
-    let flags = libc::MAP_PRIVATE | libc::MAP_HUGETLB | MAP_HUGE_1GB;
-    let map = Map::with(GIGABYTE, access, flags, -1);
-    map.fill_part(1000, 10, 14);
-    let report = hmm.migrate(map.part(1000, 10), device.id()).unwrap();
-    assert_eq!(report.stayed[0].reason, StayReason::HugeTlb, "{report}");
-    add_by_device(&device, &map, 1000 * WORDS, 5);
-    add_by_device(&device, &map, 200_000 * WORDS, 5);
-    assert_eq!(map.get(1000 * WORDS), common::pattern(14, 1000 * WORDS) + 5);
-    assert_eq!(map.get(200_000 * WORDS), 5);
-    let entries = hmm.snapshot(map.part(1000, 10)).unwrap();
-    assert!(
-        entries
-            .iter()
-            .all(|entry| matches!(entry, MirrorEntry::System { gigantic: true, .. })),
-        "{:?}",
-        entries[0]
-    );
-    drop(map);
     end(hmm, &device);
 }
 
