@@ -222,7 +222,8 @@ impl Engine<'_> {
         page: PageRange,
     ) -> Option<StayReason> {
         let mut report = MigrationReport::new();
-        self.migrate_to_device(executor, window, device, window, &mut report);
+        let asked = (window, self.moment());
+        self.migrate_to_device(executor, window, device, asked, &mut report);
         let mut stayed = report.stayed.iter();
         let stayed = stayed.find(|stayed| stayed.range.overlaps(page));
         stayed.map(|stayed| stayed.reason)

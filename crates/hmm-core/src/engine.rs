@@ -354,6 +354,12 @@ impl<'env> Engine<'env> {
         self.uses.fetch_add(1, Ordering::Relaxed)
     }
 
+    /// A moment in the order in which pages leave and arrive, to tell what happens
+    /// from now on.
+    pub fn moment(&self) -> u64 {
+        self.uses_now()
+    }
+
     /// The time that the next use will have.
     pub(crate) fn uses_now(&self) -> u64 {
         self.uses.load(Ordering::Relaxed)

@@ -34,7 +34,7 @@ use hmm_types::{
 
 use crate::engine::{AGAIN_LIMIT, BUSY_LIMIT, COPY_LIMIT, Engine};
 use crate::executor::{BOUNCE_PAGES, Executor};
-use crate::home::{Home, NO_PAGE_LIMIT, Step, TRANSFERS, reason_of, run_transfers};
+use crate::home::{Home, Step, TRANSFERS, reason_of, run_transfers};
 use crate::map::{Block, BlockId, BlockInner};
 use crate::page::PageState;
 use crate::report::MigrationReport;
@@ -48,6 +48,8 @@ const SLOWER: u32 = 256;
 const SHORT_RUNS: usize = 4096;
 /// Looks for frames before a device is said to be full.
 const FRAME_TRIES: u32 = 1 << 14;
+/// How often a page that the kernel has no memory for is tried at a time.
+const NO_PAGE_TRIES: u32 = 8;
 /// How long nothing is copied when the kernel had no page to put it into.
 const DRY_NS: u64 = 250_000_000;
 /// Waits meanwhile before a thread looks again.
@@ -227,11 +229,11 @@ impl Engine<'_> {
         executor: &mut Executor,
         mapping: &Mapping,
         target: Target,
-        keep: PageRange,
+        request: (PageRange, u64),
         report: &mut MigrationReport,
     ) {
         for asked in mapping.range.cut_at(mapping.page_len) {
-            self.migrate_gigantic_page(executor, asked, mapping.page_len, target, keep, report);
+            self.migrate_gigantic_page(executor, asked, mapping.page_len, target, request, report);
         }
     }
 
@@ -243,39 +245,16 @@ impl Engine<'_> {
         asked: PageRange,
         page_len: PageCount,
         target: Target,
-        keep: PageRange,
+        (keep, since): (PageRange, u64),
         report: &mut MigrationReport,
     ) {
         let start = asked.start().get() - asked.start().get() % page_len.bytes().get();
         let whole = PageRange::from_pages(VirtAddr::new(start), page_len);
-        let unit = u32::try_from(page_len.index() / PAGES_PER_BLOCK).unwrap_or(1);
-        // Another part of the same request may be about the same page.
-        let mut waited = false;
         for _ in 0..self.patience_at(asked.start()) {
-            let passed = match self.passes_over(whole.slice(0, 1), target.device) {
+            let looked = self.passes_over(whole.slice(0, 1), target.device);
+            let passed = match looked.or_else(|| self.send_in_turn(executor, whole, target, keep)) {
                 Some(passed) => passed,
-                None => match self.gigantic.leave() {
-                    None => Passed::new(1, Fate::Busy),
-                    Some(turn) => {
-                        let mut firsts = NO_FRAMES;
-                        let found =
-                            self.find_frames(executor, target.device, unit, keep, &mut firsts);
-                        if let Err(reason) = found {
-                            return report.stay(asked, reason);
-                        }
-                        let departure = match self.depart_to(target.device) {
-                            Ok(departure) => departure,
-                            Err(reason) => {
-                                self.free_all(target.device, &firsts, unit);
-                                return report.stay(asked, reason);
-                            }
-                        };
-                        let passed = self.send(executor, whole, target, &firsts);
-                        drop(departure);
-                        drop(turn);
-                        passed
-                    }
-                },
+                None => continue,
             };
             match passed.fate {
                 Fate::Moved { zeroed, .. } => {
@@ -284,7 +263,8 @@ impl Engine<'_> {
                     report.zeroed += PageCount::new(zeroed.min(asked.pages().get()));
                     return;
                 }
-                Fate::Already if waited => {
+                // Another part of the request was about the same page.
+                Fate::Already if self.has_left_since(whole.start(), since) => {
                     report.moved += asked.pages();
                     report.huge += asked.pages();
                     return;
@@ -301,12 +281,48 @@ impl Engine<'_> {
                 }
                 Fate::Stayed(reason) => return report.stay(asked, reason),
                 Fate::Busy | Fate::Refused | Fate::CopyInstead => {
-                    waited = true;
                     self.wait_for_transition();
                 }
             }
         }
         report.stay(asked, StayReason::Busy);
+    }
+
+    /// Sends a page, if it is this one's turn. `None`: it is to be looked at again.
+    fn send_in_turn(
+        &self,
+        executor: &mut Executor,
+        whole: PageRange,
+        target: Target,
+        keep: PageRange,
+    ) -> Option<Passed> {
+        let pages = whole.pages().get();
+        let unit = u32::try_from(whole.pages().index() / PAGES_PER_BLOCK).unwrap_or(1);
+        let stays = |reason| Some(Passed::new(pages, Fate::Stayed(reason)));
+        let Some(_turn) = self.gigantic.leave() else {
+            return Some(Passed::new(pages, Fate::Busy));
+        };
+        // Whoever had it before may have sent this page.
+        if self.passes_over(whole.slice(0, 1), target.device).is_some() {
+            return None;
+        }
+        let mut firsts = NO_FRAMES;
+        if let Err(reason) = self.find_frames(executor, target.device, unit, keep, &mut firsts) {
+            return stays(reason);
+        }
+        match self.depart_to(target.device) {
+            Ok(_departure) => Some(self.send(executor, whole, target, &firsts)),
+            Err(reason) => {
+                self.free_all(target.device, &firsts, unit);
+                stays(reason)
+            }
+        }
+    }
+
+    fn has_left_since(&self, address: VirtAddr, since: u64) -> bool {
+        let map = self.gate.read();
+        let piece = map.find(address);
+        piece.is_some_and(|piece| map.block(piece.block).lock().last_departure >= since)
     }
 
     /// Takes frames for all of a page, and evicts what is in the way. They come in
@@ -770,8 +786,9 @@ impl Engine<'_> {
         let Some(arriving) = self.claim_arriving(at, page_len, home, &mut firsts) else {
             // In flight, or gone, or not wanted.
             drop(room);
-            if !(home.stops_at_flights && self.is_in_flight(at)) {
-                step.busy += if self.is_in_flight(at) { asked } else { 0 };
+            let flies = self.is_in_flight(at);
+            if !(flies && home.stops_at_flights) {
+                step.busy += if flies { asked } else { 0 };
                 step.passed += asked;
             }
             return;
@@ -900,7 +917,7 @@ impl Engine<'_> {
             };
             // A pool of huge pages that is empty may stay so for long.
             let dry = stop == Stop::NoMemory;
-            let hopeless = stop == Stop::Gone || (dry && attempt >= NO_PAGE_LIMIT);
+            let hopeless = stop == Stop::Gone || (dry && attempt >= NO_PAGE_TRIES);
             if hopeless || !self.wait_for_events(executor, attempt) {
                 if dry && self.space.may_sleep() {
                     let until = self.clock.now_ns() + DRY_NS;
@@ -943,6 +960,7 @@ impl Engine<'_> {
         }
         self.come_home(inner, arriving, firsts);
         inner.protected = false;
+        inner.last_arrival = self.next_use();
         inner.tidy();
         let pages = u64::from(arriving.pages);
         self.stats.pages_to_system.fetch_add(pages, Relaxed);

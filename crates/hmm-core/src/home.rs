@@ -26,7 +26,7 @@ use crate::page::PageState;
 use crate::staging::{SlotKind, StagingPage, StagingRun};
 
 /// How often a huge page that the kernel has no memory for is tried at a time.
-pub(crate) const NO_PAGE_LIMIT: u32 = 64;
+const NO_PAGE_LIMIT: u32 = 64;
 /// Pages that a device may leave in the processor's caches.
 const CACHED: u32 = 32;
 /// Transfers handed to a device at a time.
@@ -70,6 +70,8 @@ pub(crate) struct Home {
     pub(crate) unless: Since,
     /// Nothing of pages of several blocks.
     spares_gigantic: bool,
+    /// What has come along with something else since counts as having come.
+    pub(crate) since: u64,
 }
 
 impl Home {
@@ -81,6 +83,7 @@ impl Home {
             stops_at_flights: false,
             unless: Since::Never,
             spares_gigantic: false,
+            since: u64::MAX,
         }
     }
 
@@ -114,9 +117,10 @@ impl Home {
     }
 
     /// For a request, which accounts for every page.
-    pub(crate) const fn request() -> Self {
+    pub(crate) const fn request(since: u64) -> Self {
         Self {
             stops_at_flights: true,
+            since,
             ..Self::ahead()
         }
     }
@@ -414,8 +418,13 @@ impl Engine<'_> {
         let block = map.block(piece.block);
         let asked = piece.pages;
         if block.is_gigantic() {
-            if home.spares_gigantic {
+            let inner = block.lock();
+            let at_home = inner.away() == 0 && inner.in_flight() == 0;
+            if at_home || home.spares_gigantic || home.unless.is_true_of(&inner) {
                 step.passed += u64::from(asked);
+                if at_home && inner.last_arrival >= home.since {
+                    step.moved += u64::from(asked);
+                }
                 return Claimed::Nothing;
             }
             let page_len = block.page_len();

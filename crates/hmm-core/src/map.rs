@@ -84,6 +84,8 @@ pub(crate) struct BlockInner {
     pub(crate) last_use: u64,
     /// When one of them last left for a device.
     pub(crate) last_departure: u64,
+    /// When a page of several blocks last came home.
+    pub(crate) last_arrival: u64,
     /// No page of the block has been the kernel's to take since it was registered:
     /// see [`AddressSpace::may_have_freed_pages`](hmm_hal::AddressSpace).
     pub(crate) kept: bool,
@@ -326,6 +328,7 @@ impl Block {
                     huge: false,
                     last_use: 0,
                     last_departure: 0,
+                    last_arrival: 0,
                     kept: false,
                     // Its memory may have been registered before.
                     protected: hugetlb,

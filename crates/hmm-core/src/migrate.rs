@@ -31,23 +31,25 @@ impl Engine<'_> {
         range: PageRange,
         to: Destination,
     ) -> MigrationReport {
-        self.migrate_part(executor, range, range, to)
+        self.migrate_part(executor, range, range, self.moment(), to)
     }
 
     /// The same with one part of a request; others may carry out the other
-    /// parts at the same time. Nothing of `whole` is evicted.
+    /// parts at the same time. Nothing of `whole` is evicted. What they have moved
+    /// along since the request began ([`Engine::moment`]) counts as moved.
     pub fn migrate_part(
         &self,
         executor: &mut Executor,
         range: PageRange,
         whole: PageRange,
+        since: u64,
         to: Destination,
     ) -> MigrationReport {
         let mut report = MigrationReport::new();
         match to {
-            Destination::System => self.migrate_home(executor, range, &mut report),
+            Destination::System => self.migrate_home(executor, range, since, &mut report),
             Destination::Device(device) => {
-                self.migrate_to_device(executor, range, device, whole, &mut report);
+                self.migrate_to_device(executor, range, device, (whole, since), &mut report);
             }
         }
         self.trim_staging();
@@ -63,13 +65,14 @@ impl Engine<'_> {
         &self,
         executor: &mut Executor,
         range: PageRange,
+        since: u64,
         report: &mut MigrationReport,
     ) {
         let mut from = range.start();
         let mut rounds = 0;
         while from < range.end() {
             let rest = PageRange::span(from, range.end());
-            let step = self.step_home(executor, rest, Home::request());
+            let step = self.step_home(executor, rest, Home::request(since));
             if step.passed == 0 {
                 // The next page is in flight.
                 if rounds < self.patience_at(from) {
@@ -95,13 +98,14 @@ impl Engine<'_> {
         report.already = PageCount::new(left - came);
     }
 
-    /// Moves what can be moved of `range`, evicting nothing inside of `keep`.
+    /// Moves what can be moved of `range`, evicting nothing inside of `keep`, for a
+    /// request that began at a moment.
     pub(crate) fn migrate_to_device(
         &self,
         executor: &mut Executor,
         range: PageRange,
         device: DeviceId,
-        keep: PageRange,
+        (keep, since): (PageRange, u64),
         report: &mut MigrationReport,
     ) {
         if self.is_closing() {
@@ -137,7 +141,7 @@ impl Engine<'_> {
                 None if self.is_coherent(device) => {
                     self.migrate_coherent(executor, mapping, device, report);
                 }
-                None => self.migrate_mapping(executor, mapping, device, keep, report),
+                None => self.migrate_mapping(executor, mapping, device, (keep, since), report),
             }
         }
         if next < range.end() {
@@ -190,12 +194,13 @@ impl Engine<'_> {
         executor: &mut Executor,
         mapping: &Mapping,
         device: DeviceId,
-        keep: PageRange,
+        (keep, since): (PageRange, u64),
         report: &mut MigrationReport,
     ) {
         let target = Target::of(device, mapping);
         if mapping.huge_pages && mapping.page_len > PageCount::from(PAGES_PER_BLOCK) {
-            return self.migrate_gigantic_pages(executor, mapping, target, keep, report);
+            let asked = (keep, since);
+            return self.migrate_gigantic_pages(executor, mapping, target, asked, report);
         }
         if mapping.huge_pages {
             return self.migrate_huge_pages(executor, mapping.range, target, keep, report);

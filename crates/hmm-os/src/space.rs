@@ -311,15 +311,28 @@ impl LinuxSpace {
         progress
     }
 
-    /// Places a huge page of hugetlbfs. The kernel says "exists" also when its pool
-    /// is empty.
-    fn place_huge(
-        &self,
-        space: SpaceId,
-        page: PageRange,
-        place: impl Fn(&Uffd) -> Progress,
-    ) -> Progress {
-        let progress = self.on(space, &place);
+    /// Places a copy of engine memory in a huge page of hugetlbfs.
+    fn place_huge(&self, space: SpaceId, page: PageRange, from: VirtAddr) -> Progress {
+        let progress = self.try_place_huge(space, page, from);
+        if progress.stop != Some(Stop::NoMemory) || page.pages().index() <= PAGES_PER_BLOCK {
+            return progress;
+        }
+        // The kernel does not fault on what it copies. For smaller pages it takes
+        // another one to copy into, and then may; for these it has none.
+        let start = std::ptr::with_exposed_provenance_mut(from.addr());
+        let len = page.pages().bytes_usize();
+        // SAFETY: memory of the engine's own; the advice reads it at most.
+        let there = unsafe { madvise(start, len, Advice::LinuxPopulateRead) };
+        match there {
+            Ok(()) => self.try_place_huge(space, page, from),
+            Err(_) => progress,
+        }
+    }
+
+    /// The kernel says "exists" also when its pool is empty.
+    fn try_place_huge(&self, space: SpaceId, page: PageRange, from: VirtAddr) -> Progress {
+        let place = |uffd: &Uffd| uffd.copy(from, page);
+        let progress = self.on(space, place);
         if progress.stop != Some(Stop::Exists) {
             return progress;
         }
@@ -328,7 +341,7 @@ impl LinuxSpace {
         }
         // A child's page table is out of reach. Twice, as a page may come into the
         // pool between the two looks.
-        let again = self.on(space, &place);
+        let again = self.on(space, place);
         let has_page = || refusal::has_huge_page(page.pages()).unwrap_or(false);
         if again.stop == Some(Stop::Exists) && !has_page() {
             return stopped(Stop::NoMemory);
@@ -698,7 +711,7 @@ impl AddressSpace for LinuxSpace {
         // Nothing but pages of hugetlbfs is given to a child in one piece.
         let huge = whole && (space != SpaceId::OWN || self.is_hugetlb(space, to));
         let progress = if huge {
-            self.place_huge(space, to, copy)
+            self.place_huge(space, to, from)
         } else {
             self.on(space, copy)
         };
@@ -722,7 +735,7 @@ impl AddressSpace for LinuxSpace {
         if filled.stop == Some(Stop::Incompatible) {
             let fill = |huge: PageRange| {
                 let filled = match self.zeros(huge.pages()) {
-                    Some(zeros) => self.place_huge(space, huge, |uffd| uffd.copy(zeros, huge)),
+                    Some(zeros) => self.place_huge(space, huge, zeros),
                     None => stopped(Stop::Incompatible),
                 };
                 self.placed(space, huge, filled)

@@ -131,8 +131,14 @@ pub(crate) fn work(host: &'static Host, bounce: &Pages) {
 
 fn carry_out(host: &Host, executor: &mut Executor, request: Request) -> Outcome {
     match request {
-        Request::Migrate { range, whole, to } => {
-            Outcome::Report(host.engine.migrate_part(executor, range, whole, to))
+        Request::Migrate {
+            range,
+            whole,
+            since,
+            to,
+        } => {
+            let engine = &host.engine;
+            Outcome::Report(engine.migrate_part(executor, range, whole, since, to))
         }
         Request::Exclusive(range, device) => {
             Outcome::Report(host.engine.exclusive(executor, range, device))

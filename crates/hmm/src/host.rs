@@ -120,7 +120,8 @@ impl Host {
         range: Option<PageRange>,
         to: Destination,
     ) -> Result<Prefetch, Error> {
-        let parts = |workers| self.begin(range.map(|range| in_parts(range, to, workers)));
+        let since = self.engine.moment();
+        let parts = |workers| self.begin(range.map(|range| in_parts(range, since, to, workers)));
         match parts(self.workers) {
             // For one part there may be room.
             Err(Error::QueueFull { .. }) => parts(1),
@@ -200,6 +201,7 @@ impl Host {
         let home = Request::Migrate {
             range: window,
             whole: window,
+            since: self.engine.moment(),
             to: Destination::System,
         };
         let is_shared = |sharing: &Sharing| sharing.window() == window;
@@ -474,7 +476,8 @@ impl Hmm {
         let range = memory.whole_pages()?;
         self.known(device)?;
         let to = Destination::Device(device);
-        self.begin(range.map(|range| in_parts(range, to, 1)))
+        let since = self.host().engine.moment();
+        self.begin(range.map(|range| in_parts(range, since, to, 1)))
     }
 
     /// Brings memory home to system memory, and waits until it is there.

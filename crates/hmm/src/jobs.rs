@@ -35,6 +35,8 @@ pub(crate) enum Request {
         range: PageRange,
         /// The whole request, nothing of which makes room for the rest.
         whole: PageRange,
+        /// When it was made, as [`Engine::moment`](hmm_core::Engine::moment) has it.
+        since: u64,
         to: Destination,
     },
     Exclusive(PageRange, DeviceId),
@@ -110,6 +112,7 @@ impl Numbers {
 /// A migration as requests for up to `workers` workers.
 pub(crate) fn in_parts(
     whole: PageRange,
+    since: u64,
     to: Destination,
     workers: usize,
 ) -> impl Iterator<Item = Request> {
@@ -132,7 +135,12 @@ pub(crate) fn in_parts(
         let end = first.plus_pages((part + 1) * pages).min(whole.end());
         let range = (next < end).then(|| PageRange::span(next, end))?;
         next = end;
-        Some(Request::Migrate { range, whole, to })
+        Some(Request::Migrate {
+            range,
+            whole,
+            since,
+            to,
+        })
     })
 }
 
@@ -356,7 +364,7 @@ mod tests {
             let whole = PageRange::from_pages(VirtAddr::new(start), PageCount::new(pages));
             let mut next = whole.start();
             let mut count = 0;
-            for request in in_parts(whole, Destination::System, workers) {
+            for request in in_parts(whole, 0, Destination::System, workers) {
                 let Request::Migrate { range, .. } = request else {
                     panic!("{request:?}");
                 };

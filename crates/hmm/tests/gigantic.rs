@@ -111,8 +111,8 @@ fn end(hmm: Hmm, device: &SoftwareDevice) {
 
 #[test]
 fn a_whole_gigabyte_leaves_and_comes_home() {
-    let _dog = watchdog("a_whole_gigabyte_leaves_and_comes_home", 120);
     let _pool = gigabytes!(2);
+    let _dog = watchdog("a_whole_gigabyte_leaves_and_comes_home", 120);
     let (hmm, device) = engine(TWO);
     let map = gigantic(2);
     map.fill(1);
@@ -149,8 +149,8 @@ fn a_whole_gigabyte_leaves_and_comes_home() {
 /// A request for a part is about that part; the page goes whole.
 #[test]
 fn a_part_takes_the_gigabyte_along() {
-    let _dog = watchdog("a_part_takes_the_gigabyte_along", 120);
     let _pool = gigabytes!(1);
+    let _dog = watchdog("a_part_takes_the_gigabyte_along", 120);
     let (hmm, device) = engine(ONE);
     let map = gigantic(1);
     mark(&map, 2);
@@ -172,8 +172,8 @@ fn a_part_takes_the_gigabyte_along() {
 /// program drops, wherever it is.
 #[test]
 fn holes_and_drops_are_zeros() {
-    let _dog = watchdog("holes_and_drops_are_zeros", 120);
     let _pool = gigabytes!(2);
+    let _dog = watchdog("holes_and_drops_are_zeros", 120);
     let (hmm, device) = engine(TWO);
     let map = gigantic(2);
     // Registered as a whole; the second page is a hole still.
@@ -241,8 +241,8 @@ fn a_gigabyte_is_unmapped_remapped_and_protected_while_away() {
 #[test]
 fn writers_race_with_a_gigabyte() {
     const TIME: Duration = Duration::from_secs(8);
-    let _dog = watchdog("writers_race_with_a_gigabyte", 150);
     let _pool = gigabytes!(1);
+    let _dog = watchdog("writers_race_with_a_gigabyte", 150);
     let (hmm, device) = engine(ONE);
     let map = gigantic(1);
     let (stop, written) = (AtomicBool::new(false), AtomicU64::new(0));
@@ -296,8 +296,8 @@ fn writers_race_with_a_gigabyte() {
 #[test]
 fn a_dropper_races_with_a_gigabyte() {
     const TIME: Duration = Duration::from_secs(6);
-    let _dog = watchdog("a_dropper_races_with_a_gigabyte", 150);
     let _pool = gigabytes!(1);
+    let _dog = watchdog("a_dropper_races_with_a_gigabyte", 150);
     let (hmm, device) = engine(ONE);
     let map = gigantic(1);
     let running = AtomicBool::new(true);
@@ -337,8 +337,8 @@ fn a_dropper_races_with_a_gigabyte() {
 /// touches it, whatever parent and device do to theirs.
 #[test]
 fn a_child_has_the_gigabyte_that_was_away() {
-    let _dog = watchdog("a_child_has_the_gigabyte_that_was_away", 120);
     let _pool = gigabytes!(2);
+    let _dog = watchdog("a_child_has_the_gigabyte_that_was_away", 120);
     let (hmm, device) = engine(ONE);
     let map = gigantic(1);
     mark(&map, 6);
@@ -362,8 +362,8 @@ fn a_child_has_the_gigabyte_that_was_away() {
 /// it.
 #[test]
 fn a_child_without_a_gigabyte_holds_up_nobody() {
-    let _dog = watchdog("a_child_without_a_gigabyte_holds_up_nobody", 120);
     let _pool = gigabytes!(1);
+    let _dog = watchdog("a_child_without_a_gigabyte_holds_up_nobody", 120);
     let (hmm, device) = engine(ONE + 1024);
     let (map, other) = (gigantic(1), Map::new(64));
     mark(&map, 7);
@@ -395,8 +395,8 @@ fn a_child_without_a_gigabyte_holds_up_nobody() {
 /// waits, and has it as soon as there is one.
 #[test]
 fn an_empty_pool_of_gigabytes_loses_nothing() {
-    let _dog = watchdog("an_empty_pool_of_gigabytes_loses_nothing", 120);
     let pool = gigabytes!(1);
+    let _dog = watchdog("an_empty_pool_of_gigabytes_loses_nothing", 120);
     let (hmm, device) = engine(ONE);
     let map = gigantic_with(1, libc::MAP_PRIVATE | libc::MAP_NORESERVE);
     mark(&map, 9);
@@ -436,8 +436,8 @@ fn an_empty_pool_of_gigabytes_loses_nothing() {
 
 #[test]
 fn a_device_makes_room_for_a_gigabyte() {
-    let _dog = watchdog("a_device_makes_room_for_a_gigabyte", 120);
     let _pool = gigabytes!(2);
+    let _dog = watchdog("a_device_makes_room_for_a_gigabyte", 120);
     let (hmm, first) = engine(ONE);
     let second = device(&hmm, ONE);
     let (map, small) = (gigantic(2), Map::new(40 * HUGE));
@@ -464,8 +464,8 @@ fn a_device_makes_room_for_a_gigabyte() {
 /// A device that is too small uses it in place, and evicts nothing for it.
 #[test]
 fn a_small_device_uses_a_gigabyte_in_place() {
-    let _dog = watchdog("a_small_device_uses_a_gigabyte_in_place", 60);
     let _pool = gigabytes!(1);
+    let _dog = watchdog("a_small_device_uses_a_gigabyte_in_place", 60);
     let (hmm, device) = engine(16);
     let (map, small) = (gigantic(1), Map::new(64));
     small.fill(14);
@@ -497,8 +497,8 @@ fn a_small_device_uses_a_gigabyte_in_place() {
 /// What others may have as well stays.
 #[test]
 fn a_shared_gigabyte_stays() {
-    let _dog = watchdog("a_shared_gigabyte_stays", 60);
     let _pool = gigabytes!(1);
+    let _dog = watchdog("a_shared_gigabyte_stays", 60);
     let (hmm, device) = engine(ONE);
     let map = gigantic_with(1, libc::MAP_SHARED);
     map.set(5, 6);
@@ -512,9 +512,12 @@ fn a_shared_gigabyte_stays() {
 #[test]
 fn a_lost_device_loses_the_gigabyte() {
     let name = "a_lost_device_loses_the_gigabyte";
+    let _pool = match role() {
+        Some(_) => None,
+        None => Some(gigabytes!(1)),
+    };
     let _dog = watchdog("a_lost_device_loses_the_gigabyte", 120);
     if role().is_none() {
-        let _pool = gigabytes!(1);
         let (hmm, _) = engine(1);
         let expected = signal_of_lost_data(&hmm);
         hmm.shutdown().unwrap();
@@ -537,8 +540,8 @@ fn a_lost_device_loses_the_gigabyte() {
 /// With what older kernels have.
 #[test]
 fn older_kernels_move_gigabytes_as_well() {
-    let _dog = watchdog("older_kernels_move_gigabytes_as_well", 120);
     let _pool = gigabytes!(2);
+    let _dog = watchdog("older_kernels_move_gigabytes_as_well", 120);
     let disable = Disable {
         move_pages: true,
         pagemap_scan: true,
@@ -563,8 +566,8 @@ fn older_kernels_move_gigabytes_as_well() {
 /// How long a gigabyte takes, and a copy of one; shown by `--nocapture`.
 #[test]
 fn a_gigabyte_moves_about_as_fast_as_it_is_copied() {
-    let _dog = watchdog("a_gigabyte_moves_about_as_fast_as_it_is_copied", 120);
     let _pool = gigabytes!(2);
+    let _dog = watchdog("a_gigabyte_moves_about_as_fast_as_it_is_copied", 120);
     let (hmm, device) = engine(ONE);
     let map = gigantic(2);
     map.fill(1);
