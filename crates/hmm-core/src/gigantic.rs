@@ -128,7 +128,8 @@ impl Gigantic {
     }
 
     fn leave(&self) -> Option<Turn<'_>> {
-        (!self.leaving.swap(true, AcqRel)).then_some(Turn(&self.leaving))
+        // Not made where it is not had: dropping it would end another's.
+        (!self.leaving.swap(true, AcqRel)).then(|| Turn(&self.leaving))
     }
 }
 
@@ -1170,5 +1171,37 @@ impl Engine<'_> {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_page_at_a_time_leaves_and_comes() {
+        let gigantic = Gigantic::new();
+        let page_len = PageCount::from(2 * PAGES_PER_BLOCK);
+        assert!(gigantic.take(page_len).is_none(), "not prepared");
+        assert!(gigantic.prepare(page_len) && gigantic.prepare(page_len));
+        for _ in 0..2 {
+            let (turn, room) = (gigantic.leave(), gigantic.take(page_len));
+            assert!(turn.is_some() && room.is_some());
+            for _ in 0..2 {
+                assert!(gigantic.leave().is_none() && gigantic.take(page_len).is_none());
+            }
+        }
+    }
+
+    #[test]
+    fn frames_in_a_row_are_copied_together() {
+        let mut firsts = NO_FRAMES;
+        for (frame, first) in (0..).step_by(2).zip(&mut firsts) {
+            *first = FrameId::new(if frame < 100 { frame } else { frame + 7 });
+        }
+        let runs: std::vec::Vec<_> = runs(&firsts, 2)
+            .map(|(first, frames)| (first, frames.first().get(), frames.count()))
+            .collect();
+        assert_eq!(runs, [(0, 0, 100), (100, 107, 512), (612, 619, 412)]);
     }
 }
