@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering::Relaxed;
 
-use hmm_types::{DeviceId, PageRange, StayReason, VirtAddr};
+use hmm_types::{DeviceId, PAGES_PER_BLOCK, PageCount, PageRange, StayReason, VirtAddr};
 
 use crate::engine::Engine;
 use crate::executor::Executor;
@@ -17,6 +17,8 @@ const SWEEPS: u32 = 1024;
 /// Looks for something to evict, and waits for what others evict, until a device
 /// is said to be full.
 const ROOM_TRIES: u32 = 1024;
+/// Pages that cannot come home, until a device is said to be full.
+const PASSED_OVER: u32 = 8;
 
 /// What could be evicted.
 enum Victim {
@@ -37,6 +39,7 @@ impl Engine<'_> {
         device: DeviceId,
         keep: PageRange,
     ) -> bool {
+        let mut passed_over = 0;
         for _ in 0..ROOM_TRIES {
             let victim = match self.least_recently_used(device, keep) {
                 Victim::Found(range) => range,
@@ -62,9 +65,14 @@ impl Engine<'_> {
                 return true;
             }
             // Where others were quicker there may be more to evict; they may have used
-            // the room already.
+            // the room already. A page of several blocks that the kernel has no page
+            // for is the last one from now on.
             if stuck && !busy {
-                break;
+                passed_over += 1;
+                let gigantic = victim.pages() > PageCount::from(PAGES_PER_BLOCK);
+                if !gigantic || passed_over == PASSED_OVER {
+                    break;
+                }
             }
         }
         false
@@ -201,8 +209,6 @@ fn outside(range: PageRange, keep: PageRange) -> [Option<PageRange>; 2] {
 
 #[cfg(test)]
 mod tests {
-    use hmm_types::PageCount;
-
     use super::*;
 
     #[test]

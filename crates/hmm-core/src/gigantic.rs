@@ -22,8 +22,8 @@
 //!   taken has claimed nothing, holds no lock, and tries again.
 
 use std::sync::OnceLock;
+use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{AcqRel, Relaxed, Release};
-use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use hmm_hal::{DeviceError, Dropped, Mapping, Presence, SpaceId, Stop, Transfer};
 use hmm_mem::{Pages, Vec};
@@ -69,8 +69,6 @@ pub(crate) struct Gigantic {
     taken: AtomicBool,
     /// A page is leaving.
     leaving: AtomicBool,
-    /// Until then the kernel is taken to have no page.
-    dry_until: AtomicU64,
 }
 
 /// A room, until it is dropped; [`Engine::empty`] gives its memory back as well.
@@ -94,7 +92,6 @@ impl Gigantic {
             rooms: [const { OnceLock::new() }; SIZES],
             taken: AtomicBool::new(false),
             leaving: AtomicBool::new(false),
-            dry_until: AtomicU64::new(0),
         }
     }
 
@@ -762,12 +759,12 @@ impl Engine<'_> {
         executor: &mut Executor,
         range: PageRange,
         home: Home,
-        (asked, page_len): (u32, PageCount),
+        (asked, page_len, waits): (u32, PageCount, bool),
         step: &mut Step,
     ) {
         executor.takes_long();
         let asked = u64::from(asked);
-        if self.clock.now_ns() < self.gigantic.dry_until.load(Relaxed) {
+        if waits {
             (0..DRY_WAITS).for_each(|_| self.space.relax());
             step.stays(range.slice(step.passed, asked), StayReason::NoSystemMemory);
             step.passed += asked;
@@ -920,11 +917,7 @@ impl Engine<'_> {
             let dry = stop == Stop::NoMemory;
             let hopeless = stop == Stop::Gone || (dry && attempt >= NO_PAGE_TRIES);
             if hopeless || !self.wait_for_events(executor, attempt) {
-                if dry && self.space.may_sleep() {
-                    let until = self.clock.now_ns() + DRY_NS;
-                    self.gigantic.dry_until.store(until, Relaxed);
-                }
-                self.settle_arriving(arriving, firsts);
+                self.settle_arriving(arriving, firsts, dry);
                 return Err(if dry {
                     StayReason::NoSystemMemory
                 } else {
@@ -977,10 +970,19 @@ impl Engine<'_> {
         }
     }
 
-    fn settle_arriving(&self, arriving: &Arriving, firsts: &Firsts) {
+    /// `dry`: the kernel had no page for it. It is copied again after a while only, and
+    /// others make room on its device before it is asked to.
+    fn settle_arriving(&self, arriving: &Arriving, firsts: &Firsts, dry: bool) {
         let map = self.gate.read();
         let block = map.block(arriving.block);
-        self.settle_all(&mut block.lock(), block, arriving, firsts);
+        let inner = &mut *block.lock();
+        if dry {
+            inner.last_use = self.next_use();
+            if self.space.may_sleep() {
+                inner.dry_until_ns = self.clock.now_ns() + DRY_NS;
+            }
+        }
+        self.settle_all(inner, block, arriving, firsts);
     }
 
     /// A page back to rest on its device, unless the program removed it.

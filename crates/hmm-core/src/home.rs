@@ -315,8 +315,12 @@ impl Engine<'_> {
         let claim = loop {
             match self.claim_home(executor, range, home, &mut step, &mut frames) {
                 Claimed::Nothing => return step,
-                Claimed::Gigantic { asked, page_len } => {
-                    let what = (asked, page_len);
+                Claimed::Gigantic {
+                    asked,
+                    page_len,
+                    waits,
+                } => {
+                    let what = (asked, page_len, waits);
                     self.bring_gigantic_home(executor, range, home, what, &mut step);
                     return step;
                 }
@@ -428,7 +432,12 @@ impl Engine<'_> {
                 return Claimed::Nothing;
             }
             let page_len = block.page_len();
-            return Claimed::Gigantic { asked, page_len };
+            let waits = self.clock.now_ns() < inner.dry_until_ns;
+            return Claimed::Gigantic {
+                asked,
+                page_len,
+                waits,
+            };
         }
         let piece = map.undivided(piece);
         let mut inner = block.lock();
@@ -914,6 +923,8 @@ pub(crate) enum Claimed<'a> {
     Gigantic {
         asked: u32,
         page_len: PageCount,
+        /// The kernel had no page for it a moment ago.
+        waits: bool,
     },
     Again,
     /// So many pages have come already. Who waits for some is to be woken when no

@@ -86,6 +86,8 @@ pub(crate) struct BlockInner {
     pub(crate) last_departure: u64,
     /// When a page of several blocks last came home.
     pub(crate) last_arrival: u64,
+    /// Until then the kernel is taken to have no page for it.
+    pub(crate) dry_until_ns: u64,
     /// No page of the block has been the kernel's to take since it was registered:
     /// see [`AddressSpace::may_have_freed_pages`](hmm_hal::AddressSpace).
     pub(crate) kept: bool,
@@ -329,6 +331,7 @@ impl Block {
                     last_use: 0,
                     last_departure: 0,
                     last_arrival: 0,
+                    dry_until_ns: 0,
                     kept: false,
                     // Its memory may have been registered before.
                     protected: hugetlb,

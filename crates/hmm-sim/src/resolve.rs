@@ -21,6 +21,8 @@ pub(crate) enum Filling {
 
 /// A storm of "again" lasts at most so many calls.
 const STORM_CALLS: u64 = 5;
+/// A pool of huge pages stays empty for at most so many.
+const DRY_CALLS: u64 = 100;
 
 fn stopped(done: u64, stop: Stop) -> Progress {
     Progress {
@@ -182,7 +184,11 @@ impl State {
                 return stopped(done, Stop::Exists);
             }
             // The pool is empty, or the page comes as a whole.
-            if self.rng.one_in(once_in) {
+            if self.dry_left > 0 || self.rng.one_in(once_in) {
+                self.dry_left = match self.dry_left {
+                    0 => self.rng.below(DRY_CALLS),
+                    left => left - 1,
+                };
                 return stopped(done, Stop::NoMemory);
             }
             for (index, page) in (done..).zip(block.iter_pages()) {

@@ -53,6 +53,8 @@ pub(crate) struct State {
     /// What the engine is about to drop, by address.
     pub dropping: Vec<PageRange>,
     pub again_left: u64,
+    /// So many more pages of hugetlbfs are not to be had.
+    pub dry_left: u64,
     pub next_child: u16,
     pub next_pin: u64,
     /// Memory was registered, and the engine has not heard so yet.
@@ -114,6 +116,7 @@ impl SimSpace {
                         queue: EventQueue::default(),
                         dropping: Vec::new(),
                         again_left: 0,
+                        dry_left: 0,
                         next_child: 1,
                         next_pin: 0,
                         registering: false,
@@ -138,7 +141,9 @@ impl SimSpace {
 
     /// Nothing goes wrong any more by chance.
     pub(crate) fn calm(&self) {
-        self.state().rates = Rates::default();
+        let mut state = self.state();
+        state.rates = Rates::default();
+        state.dry_left = 0;
     }
 
     /// Forgets everything: the run is over, but somebody may keep a handle.
