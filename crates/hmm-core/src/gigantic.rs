@@ -33,7 +33,7 @@ use hmm_types::{
 };
 
 use crate::engine::{AGAIN_LIMIT, BUSY_LIMIT, COPY_LIMIT, Engine};
-use crate::executor::{BOUNCE_PAGES, Executor};
+use crate::executor::{BOUNCE_LEN, Executor};
 use crate::home::{Home, Step, TRANSFERS, reason_of, run_transfers};
 use crate::map::{Block, BlockId, BlockInner};
 use crate::page::PageState;
@@ -54,6 +54,10 @@ const NO_PAGE_TRIES: u32 = 8;
 const DRY_NS: u64 = 250_000_000;
 /// Waits meanwhile before a thread looks again.
 const DRY_WAITS: u32 = 64;
+
+/// Pages of an executor's bounce memory.
+#[allow(clippy::cast_possible_truncation, reason = "a few pages")]
+const BOUNCE: u32 = BOUNCE_LEN as u32;
 
 /// The frames of a page, as the first one of each entry.
 type Firsts = [FrameId; PAGES_PER_BLOCK];
@@ -545,8 +549,8 @@ impl Engine<'_> {
             return run_transfers(device, transfers).map_err(failed);
         }
         for (first, frames) in runs() {
-            for at in (0..frames.count()).step_by(BOUNCE_PAGES as usize) {
-                let pages = (frames.count() - at).min(BOUNCE_PAGES as u32);
+            for at in (0..frames.count()).step_by(BOUNCE_LEN) {
+                let pages = (frames.count() - at).min(BOUNCE);
                 let from = part(first, frames).slice(at.into(), pages.into());
                 let host = executor.bounce(pages.into()).start();
                 match self.space.read_pages(from, host).stop {
@@ -1156,8 +1160,8 @@ impl Engine<'_> {
     ) -> Result<(), DeviceError> {
         hmm_sync::assert_none_held();
         let device = self.devices.slot(device).device;
-        for at in (0..from.count()).step_by(BOUNCE_PAGES as usize) {
-            let pages = (from.count() - at).min(BOUNCE_PAGES as u32);
+        for at in (0..from.count()).step_by(BOUNCE_LEN) {
+            let pages = (from.count() - at).min(BOUNCE);
             let host = executor.bounce(pages.into()).start();
             for transfer in [
                 Transfer::ToHost {

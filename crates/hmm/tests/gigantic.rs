@@ -391,6 +391,31 @@ fn a_child_without_a_gigabyte_holds_up_nobody() {
     end(hmm, &device);
 }
 
+/// The page was at home at the fork, so the child has it still when the parent's has
+/// left: the only one there is.
+#[test]
+fn a_gigabyte_that_a_child_shares_is_waited_for() {
+    let _pool = gigabytes!(1);
+    let _dog = watchdog("a_gigabyte_that_a_child_shares_is_waited_for", 120);
+    let (hmm, device) = engine(ONE);
+    let map = gigantic(1);
+    mark(&map, 11);
+    send(&hmm, map.range(), &device);
+    assert!(is_marked(&map, 11));
+    let child = fork(|| {
+        // SAFETY: only sleeps.
+        unsafe { libc::sleep(2) };
+        i32::from(!words(&map).all(|word| map.get(word) == (word * 7 + 11) as u64))
+    });
+    send(&hmm, map.range(), &device);
+    assert!(is_marked(&map, 11));
+    mark(&map, 12);
+    assert_eq!(wait(child), 0);
+    assert!(is_marked(&map, 12));
+    drop(map);
+    end(hmm, &device);
+}
+
 /// The kernel has no page to put the data into: it stays where it is, who touches it
 /// waits, and has it as soon as there is one.
 #[test]
