@@ -125,6 +125,13 @@ impl Memory {
         huge_page_of(address, vma.map_or(PageCount::ONE, |vma| vma.page_len))
     }
 
+    /// Whether a range begins and ends where pages do, those of hugetlbfs too.
+    pub(crate) fn has_whole_pages(&self, range: PageRange) -> bool {
+        let last = range.slice(range.pages().get() - 1, 1);
+        self.page_of(range.start()).start() == range.start()
+            && self.page_of(last.start()).end() == range.end()
+    }
+
     /// A page, if there is one.
     pub(crate) fn page(&self, page: VirtAddr) -> Option<&Page> {
         self.pages.get(&page).filter(|page| !page.left_protection)

@@ -291,10 +291,7 @@ impl State {
             return Err(RegisterError::Unsuitable);
         }
         // Nothing less than a page.
-        let last = range.slice(range.pages().get() - 1, 1);
-        let starts = own.page_of(range.start()).start() == range.start();
-        let ends = own.page_of(last.start()).end() == range.end();
-        if !(starts && ends) {
+        if !own.has_whole_pages(range) {
             return Err(RegisterError::Unsuitable);
         }
         // An event that is to be read may be about what was there before, and
@@ -408,6 +405,10 @@ impl AddressSpace for SimSpace {
     fn unregister(&self, range: PageRange) {
         let mut state = self.state();
         let own = state.own();
+        // Refused, as by the kernel.
+        if !own.has_whole_pages(range) {
+            return;
+        }
         own.change(range, |vma| vma.registered = false);
         own.pages.retain(|&address, page| {
             let here = range.contains(address);
