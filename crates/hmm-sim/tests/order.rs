@@ -550,6 +550,68 @@ fn what_is_remapped_in_the_range_of_a_drop_is_not_lost() {
     assert_eq!(values.map(|page| process.value(page)), [1, 2, 3]);
 }
 
+/// A page of several blocks is copied to the device, and remapped before the kernel
+/// drops it; what takes its place is dropped instead. It is the program's still, all
+/// of it, where it is now.
+#[test]
+fn a_page_of_several_blocks_that_is_remapped_before_its_drop_stays() {
+    let mut config = config();
+    config.capabilities.write_protect = true;
+    config.frames = 4096;
+    let process = Process::with(config);
+    let page_len = PageCount::from(2 * PAGES_PER_BLOCK);
+    let range = PageRange::from_pages(ARENA_START, page_len);
+    let elsewhere = PageRange::from_pages(ARENA_START.plus_pages(4 * page_len.get()), page_len);
+    let huge = MapRequest {
+        range,
+        kind: MemoryKind::HugeTlb,
+        page_len,
+        foreign: false,
+    };
+    process.space.mmap(huge);
+    let value = |index: u64| u8::try_from(index % 251 + 1).unwrap();
+    for (index, page) in (0..).zip(range.iter_pages()) {
+        let fill = &mut |data: &mut hmm_sim::Payload| data.fill(value(index));
+        let touch = process
+            .space
+            .touch(SpaceId::OWN, 1, page, Access::Write, fill);
+        assert_eq!(touch, Touch::Done);
+    }
+    let remapped = Arc::new(AtomicBool::new(false));
+    let (space, told) = (process.space.clone(), Arc::clone(&remapped));
+    let engine = Arc::downgrade(&process.engine);
+    process.space.set_hook(Some(Arc::new(move |point| {
+        let Some(engine) = engine.upgrade() else {
+            return;
+        };
+        if point.needs_reader() {
+            engine.read();
+        }
+        if point == HookPoint::Discard && !told.swap(true, Ordering::Relaxed) {
+            let ticket = space.mremap(range, elsewhere).unwrap().unwrap();
+            while space.is_unread(ticket) {
+                engine.read();
+            }
+            space.mmap(huge);
+        }
+    })));
+    let device = DeviceId::new(0);
+    process.engine.request(Request::Migrate(range, device));
+    assert!(
+        remapped.load(Ordering::Relaxed),
+        "it was about to be dropped"
+    );
+    let there = |page| process.space.peek(SpaceId::OWN, page).is_some();
+    assert!(elsewhere.iter_pages().all(there));
+    process.engine.check();
+    process.engine.request(Request::Migrate(elsewhere, device));
+    assert!(!elsewhere.iter_pages().any(there), "all of it has left");
+    for (index, page) in (0..).zip(elsewhere.iter_pages()) {
+        assert_eq!(process.value(page), value(index), "{page}");
+    }
+    assert!(elsewhere.iter_pages().all(there), "all of it is back");
+}
+
 /// A handler has read a fault in memory that has nothing away, and does not get to
 /// run. Meanwhile other memory is mapped there, and goes to the device: it gets no
 /// zeros.
