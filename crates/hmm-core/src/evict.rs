@@ -17,14 +17,19 @@ const SWEEPS: u32 = 1024;
 /// Looks for something to evict, and waits for what others evict, until a device
 /// is said to be full.
 const ROOM_TRIES: u32 = 1024;
+/// Waits for a page of several blocks that count as one.
+const LEAVING_WAITS: u32 = 64;
 /// Pages that cannot come home, until a device is said to be full.
 const PASSED_OVER: u32 = 8;
 
 /// What could be evicted.
 enum Victim {
     Found(PageRange),
-    /// Nothing, but pages are on their way home from the device.
-    Leaving,
+    /// Nothing, but pages are on their way home from the device, perhaps one of
+    /// several blocks.
+    Leaving {
+        gigantic: bool,
+    },
     None,
 }
 
@@ -40,10 +45,17 @@ impl Engine<'_> {
         keep: PageRange,
     ) -> bool {
         let mut passed_over = 0;
-        for _ in 0..ROOM_TRIES {
+        let mut tries = ROOM_TRIES;
+        let mut waits = 0;
+        while tries > 0 {
+            tries -= 1;
             let victim = match self.least_recently_used(device, keep) {
                 Victim::Found(range) => range,
-                Victim::Leaving => {
+                Victim::Leaving { gigantic } => {
+                    waits += 1;
+                    if gigantic && self.space.may_sleep() && waits % LEAVING_WAITS != 0 {
+                        tries += 1;
+                    }
                     self.wait_for_transition();
                     continue;
                 }
@@ -81,13 +93,15 @@ impl Engine<'_> {
     fn least_recently_used(&self, device: DeviceId, keep: PageRange) -> Victim {
         let map = self.gate.read();
         let mut best: Option<(u64, PageRange)> = None;
-        let mut leaving = false;
+        let (mut leaving, mut gigantic) = (false, false);
         for piece in map.pieces() {
             let inner = map.block(piece.block).lock();
             if inner.in_flight() > 0 {
-                leaving |= (piece.first..piece.first + piece.pages).any(|index| {
+                let leaves = (piece.first..piece.first + piece.pages).any(|index| {
                     matches!(inner.state(index), PageState::Downloading { device: from, .. } if from == device)
                 });
+                leaving |= leaves;
+                gigantic |= leaves && map.block(piece.block).is_gigantic();
             }
             if inner.away() == 0 || best.is_some_and(|(used, _)| used <= inner.last_use) {
                 continue;
@@ -112,7 +126,7 @@ impl Engine<'_> {
         }
         match best {
             Some((_, range)) => Victim::Found(range),
-            None if leaving => Victim::Leaving,
+            None if leaving => Victim::Leaving { gigantic },
             None => Victim::None,
         }
     }

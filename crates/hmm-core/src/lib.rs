@@ -48,6 +48,8 @@ mod executor;
 mod fallback;
 mod fault;
 mod gigantic;
+mod gigantic_home;
+mod gigantic_out;
 mod home;
 mod hugetlb;
 mod map;
