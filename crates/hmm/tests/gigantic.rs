@@ -403,17 +403,40 @@ fn a_gigabyte_that_a_child_shares_is_waited_for() {
     send(&hmm, map.range(), &device);
     assert!(is_marked(&map, 11));
     let child = fork(|| {
+        if !is_there(&map) {
+            return NOT_COPIED;
+        }
         // SAFETY: only sleeps.
         unsafe { libc::sleep(2) };
-        i32::from(!words(&map).all(|word| map.get(word) == (word * 7 + 11) as u64))
+        i32::from(!is_marked(&map, 11))
     });
     send(&hmm, map.range(), &device);
     assert!(is_marked(&map, 11));
     mark(&map, 12);
-    assert_eq!(wait(child), 0);
+    let status = wait(child);
     assert!(is_marked(&map, 12));
     drop(map);
     end(hmm, &device);
+    if status == NOT_COPIED {
+        skip!("this kernel's fork has not copied the page (see docs/kernel-notes.md)");
+    }
+    assert_eq!(status, 0);
+}
+
+/// What a child says that has no page.
+const NOT_COPIED: i32 = 77;
+
+/// Whether the first page is in the page table. Allocates nothing.
+fn is_there(map: &Map) -> bool {
+    let mut word = 0u64;
+    let at = i64::try_from(map.at().addr() / common::PAGE * 8).unwrap();
+    // SAFETY: reads eight bytes into a word of this function's own.
+    unsafe {
+        let fd = libc::open(c"/proc/self/pagemap".as_ptr(), libc::O_RDONLY);
+        libc::pread(fd, (&raw mut word).cast(), 8, at);
+        libc::close(fd);
+    }
+    word >> 63 != 0
 }
 
 /// The kernel has no page to put the data into: it stays where it is, who touches it
