@@ -200,8 +200,9 @@ impl BlockInner {
     /// now.
     pub(crate) fn refill(&mut self, index: u32) {
         debug_assert!(self.state(index).in_flight());
+        let at = self.slot(index);
         if let Some(table) = self.table.as_mut() {
-            table[index as usize].refill();
+            table[at].refill();
         }
     }
 

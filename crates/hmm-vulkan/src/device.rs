@@ -49,6 +49,9 @@ pub struct VulkanDevice {
     frames: Mutex<FrameAllocator>,
     /// What the allocator has free, to be read without its lock.
     free: AtomicU64,
+    /// The page that frame 0 is for, where there is a choice: see `allocate_for`.
+    /// Changes with the allocator locked.
+    window_begin: AtomicU64,
     gate: Gate,
     injector: Injector,
     counters: Counters,
@@ -108,6 +111,7 @@ impl VulkanDevice {
         hmm_mem::leaked(Self {
             frames: Mutex::new(Rank::Device, FrameAllocator::new(frames)),
             free: AtomicU64::new(u64::from(frames)),
+            window_begin: AtomicU64::new(0),
             parts,
             gate,
             injector: Injector::default(),
@@ -285,7 +289,7 @@ impl VulkanDevice {
                 control.base.store(base, Ordering::Relaxed);
                 control.mask.store(mask, Ordering::Relaxed);
             }
-            Variant::Checked | Variant::Stall | Variant::Table => {}
+            Variant::Checked | Variant::Stall | Variant::Table | Variant::Plain => {}
         }
     }
 
@@ -394,15 +398,27 @@ impl VulkanDevice {
         run.ok_or(DeviceError::OutOfMemory)
     }
 
-    /// The frames that these pages have in a memory that repeats itself all over the
-    /// address space; `None` where they run over its end.
-    fn frames_at_distance(&self, pages: PageRange) -> Option<FrameRange> {
+    /// The frames that these pages have where memory is a window onto the address space.
+    /// It is laid around the first page that comes to an empty device, and repeats itself
+    /// before and behind that. `None` where pages run over its end.
+    fn frames_at_distance(&self, pages: PageRange, all: &FrameAllocator) -> Option<FrameRange> {
         // Whole blocks, so that 64 KiB and 2 MiB lie in memory as they do in the program.
-        let window = self.frames() / BLOCK_PAGES * BLOCK_PAGES;
-        let first = (pages.start().get() >> PAGE_SHIFT).checked_rem(window.into())?;
-        let first = u32::try_from(first).ok()?;
+        let block = u64::from(BLOCK_PAGES);
+        let window = u64::from(self.frames()) / block * block;
+        let first = pages.start().get() >> PAGE_SHIFT;
+        if all.free_frames() == self.frames() {
+            let begin = (first - first % block).wrapping_sub(window / 2 / block * block);
+            self.window_begin.store(begin, Ordering::Relaxed);
+        }
+        let since = first.wrapping_sub(self.window_begin.load(Ordering::Relaxed));
+        // It may lie before: then as much behind the one before that.
+        let since = since
+            .cast_signed()
+            .checked_rem_euclid(window.cast_signed())?;
+        let since = u32::try_from(since).ok()?;
         let count = u32::try_from(pages.pages().get()).ok()?;
-        (count <= window - first).then(|| FrameRange::new(FrameId::new(first), count))
+        let fits = u64::from(since) + u64::from(count) <= window;
+        fits.then(|| FrameRange::new(FrameId::new(since), count))
     }
 
     fn shoot_down(&self, range: PageRange) {
@@ -448,13 +464,11 @@ impl Device for VulkanDevice {
         self.take_frames(|frames| frames.allocate(pages.get()))
     }
 
-    /// Where there is room, at frames whose numbers are the pages' modulo the device's
-    /// size: pages of any ranges that lie in one window of that size then have their
-    /// frames at one distance, and kernels find them by adding it.
+    /// Where there is room, at one distance from all other pages on the device: kernels
+    /// find those by adding it.
     fn allocate_for(&self, pages: PageRange) -> Result<FrameRange, DeviceError> {
-        let wanted = self.frames_at_distance(pages);
         self.take_frames(|frames| {
-            wanted
+            self.frames_at_distance(pages, frames)
                 .filter(|&run| frames.allocate_at(run))
                 .or_else(|| frames.allocate(pages.pages().get()))
         })

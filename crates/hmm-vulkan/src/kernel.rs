@@ -21,6 +21,8 @@ pub enum Variant {
     Stall,
     /// The page table is walked, and nothing is checked: everything has to be there.
     Table,
+    /// Nothing: addresses are the device's own. Not instrumented.
+    Plain,
     /// This is added to each address. The page table is not used, nor waited for.
     Delta(u64),
     /// Each address becomes `base + (address & mask)`. As for `Delta`.

@@ -145,7 +145,7 @@ impl Launch<'_> {
             Variant::Checked => self.checked(),
             Variant::Stall => self.stalled(),
             Variant::Table => self.resident(uses),
-            Variant::Delta(_) | Variant::Masked { .. } => self.plain(),
+            Variant::Plain | Variant::Delta(_) | Variant::Masked { .. } => self.plain(),
         };
         if done.is_err() {
             // What was logged and not served must not keep a later kernel from logging it.
@@ -184,7 +184,7 @@ impl Launch<'_> {
             Variant::Checked => Some(Manner::Returns),
             Variant::Stall => Some(Manner::Parks),
             Variant::Table => Some(Manner::Unchecked),
-            Variant::Delta(_) | Variant::Masked { .. } => None,
+            Variant::Plain | Variant::Delta(_) | Variant::Masked { .. } => None,
         };
         if let Some(manner) = manner {
             device.gate().begin(manner, || true);
@@ -291,7 +291,7 @@ impl Launch<'_> {
         if let Some((distance, kernel)) = near {
             device.set_translation(Variant::Delta(distance));
             self.kernel = kernel;
-            self.report.by_distance = true;
+            self.report.distance = Some(distance);
         }
         let done = self.first_time(|| {
             let chunk = Chunk::whole(self.groups);

@@ -227,32 +227,42 @@ impl Program {
             .launch_loaded(by_table, Some(by_distance), groups, push_constants, uses)
     }
 
+    /// Runs it as it was written, over pointers that are the device's own addresses
+    /// already ([`LaunchReport::distance`] tells them): what translation is measured
+    /// against.
+    ///
+    /// # Safety
+    /// All that it follows pointers to is there, and stays until the end.
+    ///
+    /// # Errors
+    /// As [`Program::launch`].
+    pub unsafe fn launch_plain(
+        &self,
+        groups: [u32; 3],
+        push_constants: &[u8],
+    ) -> Result<LaunchReport, LaunchError> {
+        let kernel = self
+            .kernel(Variant::Plain)
+            .map_err(|error| LaunchError::NotMade {
+                reason: error.to_string(),
+            })?;
+        self.device
+            .launch_loaded(kernel, None, groups, push_constants, &[])
+    }
+
     /// The kernel for a variant, which stays loaded as long as the program.
     fn kernel(&self, variant: Variant) -> Result<Loaded, VulkanError> {
         let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(kernel) = kernels.iter().find(|it| it.loaded.variant == variant) {
             return Ok(kernel.loaded);
         }
-        let options = Options {
-            variant: match variant {
-                Variant::Checked => hmm_spirv::Variant::Checked,
-                Variant::Stall => hmm_spirv::Variant::Stall,
-                Variant::Table => hmm_spirv::Variant::Table,
-                Variant::Delta(_) => hmm_spirv::Variant::Delta,
-                Variant::Masked { .. } => hmm_spirv::Variant::Masked,
-            },
-            control_spec_id: self.control_constant,
-        };
-        let made = hmm_spirv::instrument(&self.words, options);
-        let made = made.map_err(|error| VulkanError::BadKernel {
-            reason: error.to_string(),
-        })?;
+        let made = self.words_for(variant)?;
         let code = KernelCode {
-            words: &made.words,
+            words: made.as_ref().unwrap_or(&self.words),
             entry: &self.name,
             local_size: self.entry.local_size,
             push_constant_bytes: self.info.push_constant_bytes,
-            control_constant: Some(self.control_constant),
+            control_constant: made.is_some().then_some(self.control_constant),
             variant,
         };
         // SAFETY: the words were valid, as whoever made the program says, and the pass
@@ -261,6 +271,29 @@ impl Program {
         let loaded = kernel.loaded;
         kernels.push(kernel);
         Ok(loaded)
+    }
+}
+
+impl Program {
+    /// What the pass makes of it; `None` where nothing is translated.
+    fn words_for(&self, variant: Variant) -> Result<Option<Vec<u32>>, VulkanError> {
+        let variant = match variant {
+            Variant::Plain => return Ok(None),
+            Variant::Checked => hmm_spirv::Variant::Checked,
+            Variant::Stall => hmm_spirv::Variant::Stall,
+            Variant::Table => hmm_spirv::Variant::Table,
+            Variant::Delta(_) => hmm_spirv::Variant::Delta,
+            Variant::Masked { .. } => hmm_spirv::Variant::Masked,
+        };
+        let options = Options {
+            variant,
+            control_spec_id: self.control_constant,
+        };
+        let made = hmm_spirv::instrument(&self.words, options);
+        let made = made.map_err(|error| VulkanError::BadKernel {
+            reason: error.to_string(),
+        })?;
+        Ok(Some(made.words))
     }
 }
 

@@ -95,9 +95,9 @@ pub struct LaunchReport {
     pub retries: u64,
     /// Times that the log did not hold all misses.
     pub log_overflows: u64,
-    /// Pointers were translated by adding a number: all that the launch named was at one
-    /// distance from its frames.
-    pub by_distance: bool,
+    /// What was added to each pointer, where all that the launch named was at one
+    /// distance from its frames; the page table was walked where there is none.
+    pub distance: Option<u64>,
     /// Time from the launch's turn to its end.
     pub elapsed: Duration,
 }
