@@ -108,6 +108,13 @@ pub enum DeviceKind {
     VulkanNamed(String),
 }
 
+impl DeviceKind {
+    /// Whether it is a Vulkan device.
+    pub const fn is_vulkan(&self) -> bool {
+        !matches!(self, Self::Software)
+    }
+}
+
 impl std::str::FromStr for DeviceKind {
     type Err = String;
 
@@ -163,12 +170,16 @@ target shows, but the exit status stays 0. Needs 2 GiB of memory that is free.
 Examples:
   hmm bench
   hmm bench to_device_256m to_system_256m
+  hmm bench --device vulkan
   hmm bench --json | jq -c 'select(.ok | not)'"
 )]
 pub struct BenchOptions {
     /// Rows to measure [default: all]
     #[arg(value_name = "NAME", value_parser = PossibleValuesParser::new(ROWS.iter().map(|row| row.name)), hide_possible_values = true)]
     pub names: Vec<String>,
+    /// The rows of which device to measure, if none is named: `software` or `vulkan`
+    #[arg(long, value_name = "DEVICE", default_value = "software")]
+    pub device: DeviceKind,
     /// Print one JSON object per row: name, value, unit, floor, ratio, target, ok
     #[arg(long)]
     pub json: bool,

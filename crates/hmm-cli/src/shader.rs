@@ -1,7 +1,7 @@
 //! This program's own compute shaders: `.comp` files, compiled by `shaders.sh`, whose
 //! `.spv` files are part of the program. The unsafe act is to hand one to a driver.
 
-use hmm::{Program, ProgramOptions, VulkanDevice, VulkanError};
+use hmm::{LaunchVulkanError, Program, ProgramOptions, VulkanDevice, VulkanError, VulkanReport};
 
 /// Takes one of them in.
 pub fn load(
@@ -18,4 +18,15 @@ pub fn load(
     // SAFETY: a compiler has made it, and spirv-val has found it valid; it has no arrays
     // of its own, and follows the pointers that it is given.
     unsafe { device.driver().program(&words, options) }
+}
+
+/// Runs one of them over the device's own addresses, all of which are there: nothing
+/// else works on the memory meanwhile.
+pub fn launch_plain(
+    program: &Program,
+    groups: [u32; 3],
+    push_constants: &[u8],
+) -> Result<VulkanReport, LaunchVulkanError> {
+    // SAFETY: the benchmarks have just brought the memory there, and wait here.
+    unsafe { program.launch_plain(groups, push_constants) }
 }

@@ -13,6 +13,7 @@ mod row;
 mod sample;
 mod stream;
 mod transfer;
+mod vulkan;
 
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
@@ -28,7 +29,13 @@ use sample::Outcome;
 pub fn run(options: &BenchOptions) -> anyhow::Result<ExitCode> {
     let chosen: Vec<&Row> = ROWS
         .iter()
-        .filter(|row| options.names.is_empty() || options.names.iter().any(|name| name == row.name))
+        .filter(|row| {
+            if options.names.is_empty() {
+                row.group.is_vulkan() == options.device.is_vulkan()
+            } else {
+                options.names.iter().any(|name| name == row.name)
+            }
+        })
         .collect();
     let mut out = io::stdout().lock();
     if options.list {

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::sample::{Measured, Outcome};
-use super::{chase, fault, metadata, stream, transfer};
+use super::{chase, fault, metadata, stream, transfer, vulkan};
 
 /// What is measured, and what it is to reach.
 #[derive(Debug)]
@@ -40,9 +40,21 @@ pub(super) enum Group {
     Stream,
     Chase,
     Metadata,
+    VulkanContiguous,
+    VulkanCold,
+    VulkanChase,
+    VulkanDispatches,
 }
 
 impl Group {
+    /// Whether its rows are about a Vulkan device.
+    pub(super) const fn is_vulkan(self) -> bool {
+        matches!(
+            self,
+            Self::VulkanContiguous | Self::VulkanCold | Self::VulkanChase | Self::VulkanDispatches
+        )
+    }
+
     /// Measures all rows of the group.
     pub(super) fn measure(self) -> anyhow::Result<Outcome> {
         match self {
@@ -55,6 +67,10 @@ impl Group {
             Self::Stream => stream::stream(),
             Self::Chase => chase::chase(),
             Self::Metadata => metadata::metadata(),
+            Self::VulkanContiguous => vulkan::contiguous(),
+            Self::VulkanCold => vulkan::cold(),
+            Self::VulkanChase => vulkan::chase(),
+            Self::VulkanDispatches => vulkan::dispatches(),
         }
     }
 }
@@ -168,6 +184,56 @@ pub const ROWS: &[Row] = &[
         target: AtMost(16.0),
         what: "engine memory for each page on the device; no floor",
         group: Group::Metadata,
+    },
+    Row {
+        name: "vulkan_unchecked",
+        unit: "ms",
+        target: AtLeast(0.90),
+        what: "a shader adds up what it has named, 255 MiB on the device (floor); value: \
+               the same over the device's own addresses",
+        group: Group::VulkanContiguous,
+    },
+    Row {
+        name: "vulkan_checked",
+        unit: "ms",
+        target: AtMost(1.30),
+        what: "the same with every access checked; floor: over the device's own addresses",
+        group: Group::VulkanContiguous,
+    },
+    Row {
+        name: "vulkan_checked_chase",
+        unit: "ms",
+        target: AtMost(1.20),
+        what: "a shader follows 64 chains, checked; floor: over the device's own addresses",
+        group: Group::VulkanChase,
+    },
+    Row {
+        name: "vulkan_stream_cold",
+        unit: "GB/s",
+        target: AtLeast(0.50),
+        what: "a shader reads 256 MiB that are at home, on demand; floor: memcpy",
+        group: Group::VulkanCold,
+    },
+    Row {
+        name: "vulkan_stream_named",
+        unit: "GB/s",
+        target: AtLeast(0.50),
+        what: "the same with the memory named; floor: memcpy",
+        group: Group::VulkanCold,
+    },
+    Row {
+        name: "vulkan_chase_repeat",
+        unit: "dispatches",
+        target: AtMost(70.0),
+        what: "64 chains of 4000 hops through 256 MiB at home, begun again; no floor",
+        group: Group::VulkanDispatches,
+    },
+    Row {
+        name: "vulkan_chase_wait",
+        unit: "dispatches",
+        target: AtMost(1.0),
+        what: "the same, waiting for pages; no floor",
+        group: Group::VulkanDispatches,
     },
 ];
 

@@ -1,0 +1,320 @@
+//! The rows of `--device vulkan`: what it costs that a compute shader's pointers are the
+//! program's own, against the same shader over the device's own addresses; and how fast
+//! pages come to it.
+
+use anyhow::ensure;
+use hmm::{
+    ByteCount, Hmm, LaunchVulkanError, Program, ProgramOptions, Used, VulkanDevice, VulkanError,
+    VulkanOptions, VulkanReport,
+};
+
+use super::sample::{Measured, Outcome, Pairs, ROUNDS, gb_per_s, shuffled, timed};
+use super::transfer::{Memcpy, SIZE, STAGING, to};
+use crate::floor::Area;
+use crate::shader;
+
+const ADD_UP: &[u8] = include_bytes!("add_up.spv");
+const CHASE: &[u8] = include_bytes!("chase.spv");
+/// Invocations of a workgroup of both.
+const LOCAL: u32 = 64;
+/// Numbers (of 4 bytes) that one invocation adds up.
+const RUN: u32 = 4096;
+/// What is added up; the rest of the area takes the sums.
+const ADDED: ByteCount = ByteCount::mib(255);
+/// Chains that are followed at the same time, and how far.
+const CHAINS: u32 = 64;
+const HOPS: u32 = 4000;
+/// Words from one node of a chain to the next one in memory: 64 KiB.
+const FAR: usize = 8192;
+/// Words between nodes that are all on the device: a cache line.
+const NEAR: usize = 8;
+
+/// An engine with a Vulkan device, or why there is none.
+fn open() -> anyhow::Result<Result<(Hmm, VulkanDevice), String>> {
+    let hmm = Hmm::builder().staging_limit(STAGING).open()?;
+    match hmm.add_vulkan_device(VulkanOptions::new(ByteCount::mib(512))) {
+        Ok(device) => Ok(Ok((hmm, device))),
+        Err(hmm::Error::Vulkan(
+            why @ (VulkanError::NoLoader { .. }
+            | VulkanError::NoDevice { .. }
+            | VulkanError::BadDriver { .. }
+            | VulkanError::Feature { .. }),
+        )) => {
+            hmm.shutdown()?;
+            Ok(Err(why.to_string()))
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn push(words: [u64; 2], numbers: [u32; 2]) -> [u8; 24] {
+    let mut bytes = [0; 24];
+    bytes[..8].copy_from_slice(&words[0].to_le_bytes());
+    bytes[8..16].copy_from_slice(&words[1].to_le_bytes());
+    bytes[16..20].copy_from_slice(&numbers[0].to_le_bytes());
+    bytes[20..].copy_from_slice(&numbers[1].to_le_bytes());
+    bytes
+}
+
+/// A program that begins again where it has missed a page.
+fn program(device: &VulkanDevice, shader: &'static [u8]) -> Result<Program, VulkanError> {
+    shader::load(device, shader, ProgramOptions::default())
+}
+
+/// The sums: their numbers and where they are.
+struct Sums {
+    area: Area,
+    runs: u32,
+}
+
+impl Sums {
+    fn new() -> anyhow::Result<Self> {
+        let runs = u32::try_from(ADDED.get() / u64::from(RUN * 4))?;
+        let area = Area::filled(SIZE, false)?;
+        Ok(Self { area, runs })
+    }
+
+    fn base(&self) -> u64 {
+        self.area.range().start().get()
+    }
+
+    fn groups(&self) -> [u32; 3] {
+        [self.runs.div_ceil(LOCAL), 1, 1]
+    }
+
+    /// The push constants; `distance` is added to both pointers.
+    fn push(&self, distance: u64) -> [u8; 24] {
+        let numbers = self.base().wrapping_add(distance);
+        push([numbers, numbers + ADDED.get()], [self.runs, RUN])
+    }
+
+    fn uses(&self) -> Vec<Used> {
+        let words: *const [u64] = self.area.words();
+        Used::write(words.cast_mut()).into_iter().collect()
+    }
+
+    /// Whether all sums are there and right; brings them home.
+    fn are_right(&self) -> bool {
+        let words = self.area.words();
+        let per_run = RUN as usize / 2;
+        let (added, sums) = words.split_at(words.len() / 256 * 255);
+        let runs = added
+            .chunks_exact(per_run)
+            .zip(sums.iter().flat_map(halves));
+        runs.step_by(97).all(|(run, found)| {
+            let numbers = run.iter().flat_map(halves);
+            numbers.fold(0u32, u32::wrapping_add) == found
+        })
+    }
+}
+
+/// The two numbers in a word, in the order of memory.
+fn halves(word: &u64) -> [u32; 2] {
+    let [a, b, c, d, e, f, g, h] = word.to_ne_bytes();
+    [
+        u32::from_ne_bytes([a, b, c, d]),
+        u32::from_ne_bytes([e, f, g, h]),
+    ]
+}
+
+/// Seconds of a launch.
+fn seconds(report: Result<VulkanReport, LaunchVulkanError>) -> anyhow::Result<f64> {
+    Ok(report?.elapsed.as_secs_f64())
+}
+
+/// Runs of numbers that lie together, all on the device.
+pub fn contiguous() -> anyhow::Result<Outcome> {
+    let (hmm, device) = match open()? {
+        Ok(opened) => opened,
+        Err(why) => return Ok(Outcome::Skipped(why)),
+    };
+    let sums = Sums::new()?;
+    let program = program(&device, ADD_UP)?;
+    let (mut unchecked, mut checked) = (Pairs::default(), Pairs::default());
+    for round in 0..=ROUNDS {
+        to(&hmm, &sums.area, Some(device.id()))?;
+        let named = device.launch_with(&program, sums.groups(), &sums.push(0), &sums.uses())?;
+        let distance = named.distance.unwrap_or(0);
+        ensure!(distance != 0, "the area's frames do not lie together");
+        let floor = shader::launch_plain(&program, sums.groups(), &sums.push(distance));
+        let floor = seconds(floor)?;
+        let demanded = device.launch(&program, sums.groups(), &sums.push(0))?;
+        if round > 0 {
+            unchecked.add(named.elapsed.as_secs_f64(), floor);
+            checked.add(floor, demanded.elapsed.as_secs_f64());
+        }
+        ensure!(sums.are_right(), "a sum is wrong");
+    }
+    drop(program);
+    hmm.shutdown()?;
+    Ok(Outcome::Measured(vec![
+        ("vulkan_unchecked", in_ms(unchecked.measured())),
+        ("vulkan_checked", in_ms(checked.measured())),
+    ]))
+}
+
+fn in_ms(measured: Measured) -> Measured {
+    Measured {
+        value: measured.value * 1e3,
+        floor: measured.floor.map(|floor| floor * 1e3),
+        ..measured
+    }
+}
+
+/// The same with everything at home when the launch begins.
+pub fn cold() -> anyhow::Result<Outcome> {
+    let (hmm, device) = match open()? {
+        Ok(opened) => opened,
+        Err(why) => return Ok(Outcome::Skipped(why)),
+    };
+    let sums = Sums::new()?;
+    let program = program(&device, ADD_UP)?;
+    let mut memcpy = Memcpy::new(false)?;
+    let (mut demanded, mut named) = (Pairs::default(), Pairs::default());
+    for round in 0..=ROUNDS {
+        to(&hmm, &sums.area, None)?;
+        let floor = memcpy.measure();
+        let (time, report) = timed(|| device.launch(&program, sums.groups(), &sums.push(0)));
+        report?;
+        to(&hmm, &sums.area, None)?;
+        let again = memcpy.measure();
+        let (named_time, report) =
+            timed(|| device.launch_with(&program, sums.groups(), &sums.push(0), &sums.uses()));
+        report?;
+        ensure!(sums.are_right(), "a sum is wrong");
+        if round > 0 {
+            demanded.add(floor, gb_per_s(SIZE.get(), time));
+            named.add(again, gb_per_s(SIZE.get(), named_time));
+        }
+    }
+    drop(program);
+    hmm.shutdown()?;
+    Ok(Outcome::Measured(vec![
+        ("vulkan_stream_cold", demanded.measured()),
+        ("vulkan_stream_named", named.measured()),
+    ]))
+}
+
+/// Chains of pointers through an area: where each begins, and where it ends.
+struct Chains {
+    area: Area,
+    /// Heads, ends and nothing else.
+    board: Area,
+    step: usize,
+}
+
+impl Chains {
+    /// Nodes `step` words apart in one random cycle.
+    fn new(step: usize) -> anyhow::Result<Self> {
+        let mut chains = Self {
+            area: Area::new(SIZE, false)?,
+            board: Area::new(ByteCount::mib(2), false)?,
+            step,
+        };
+        chains.link(0);
+        Ok(chains)
+    }
+
+    /// Links all nodes; `distance` is added to all pointers.
+    fn link(&mut self, distance: u64) {
+        let base = self.area.range().start().get().wrapping_add(distance);
+        let step = self.step;
+        let words = self.area.words_mut();
+        let order = shuffled(words.len() / step, 0x51ED);
+        let address = |node: usize| base + (node * step * 8) as u64;
+        for pair in order.windows(2) {
+            words[pair[0] * step] = address(pair[1]);
+        }
+        words[order[order.len() - 1] * step] = address(order[0]);
+        let apart = order.len() / CHAINS as usize;
+        for (chain, head) in self.board.words_mut()[..CHAINS as usize]
+            .iter_mut()
+            .enumerate()
+        {
+            *head = address(order[chain * apart]);
+        }
+    }
+
+    fn push(&self, distance: u64) -> [u8; 24] {
+        let heads = self.board.range().start().get().wrapping_add(distance);
+        push([heads, heads + u64::from(CHAINS) * 8], [CHAINS, HOPS])
+    }
+}
+
+/// Chains through memory that is all on the device: checked, against plain pointers.
+pub fn chase() -> anyhow::Result<Outcome> {
+    let (hmm, device) = match open()? {
+        Ok(opened) => opened,
+        Err(why) => return Ok(Outcome::Skipped(why)),
+    };
+    let mut chains = Chains::new(NEAR)?;
+    let program = program(&device, CHASE)?;
+    let mut pairs = Pairs::default();
+    for round in 0..=ROUNDS {
+        chains.link(0);
+        to(&hmm, &chains.area, Some(device.id()))?;
+        let uses = |area: &Area| {
+            let words: *const [u64] = area.words();
+            Used::write(words.cast_mut())
+        };
+        let used: Vec<Used> = [&chains.area, &chains.board]
+            .map(uses)
+            .into_iter()
+            .flatten()
+            .collect();
+        let named = device.launch_with(&program, [1, 1, 1], &chains.push(0), &used)?;
+        let value = seconds(device.launch(&program, [1, 1, 1], &chains.push(0)))?;
+        let Some(distance) = named.distance else {
+            return Ok(Outcome::Skipped(
+                "the areas' frames are at two distances".to_owned(),
+            ));
+        };
+        // The same chains of the device's own addresses, at the same frames.
+        chains.link(distance);
+        to(&hmm, &chains.area, Some(device.id()))?;
+        to(&hmm, &chains.board, Some(device.id()))?;
+        let floor = seconds(shader::launch_plain(
+            &program,
+            [1, 1, 1],
+            &chains.push(distance),
+        ))?;
+        if round > 0 {
+            pairs.add(floor, value);
+        }
+    }
+    drop(program);
+    hmm.shutdown()?;
+    Ok(Outcome::Measured(vec![(
+        "vulkan_checked_chase",
+        in_ms(pairs.measured()),
+    )]))
+}
+
+/// How many dispatches it takes to follow chains through memory that is at home.
+pub fn dispatches() -> anyhow::Result<Outcome> {
+    let (hmm, device) = match open()? {
+        Ok(opened) => opened,
+        Err(why) => return Ok(Outcome::Skipped(why)),
+    };
+    let chains = Chains::new(FAR)?;
+    let count = |demand| -> anyhow::Result<Measured> {
+        to(&hmm, &chains.area, None)?;
+        let options = ProgramOptions {
+            demand,
+            ..ProgramOptions::default()
+        };
+        let program = shader::load(&device, CHASE, options)?;
+        let report = device.launch(&program, [1, 1, 1], &chains.push(0))?;
+        Ok(Measured {
+            value: report.dispatches as f64,
+            floor: None,
+            ratio: None,
+        })
+    };
+    let measured = vec![
+        ("vulkan_chase_repeat", count(hmm::Demand::Repeat)?),
+        ("vulkan_chase_wait", count(hmm::Demand::Wait)?),
+    ];
+    hmm.shutdown()?;
+    Ok(Outcome::Measured(measured))
+}
