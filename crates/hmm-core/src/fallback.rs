@@ -83,7 +83,13 @@ impl Engine<'_> {
         } else {
             range.pages().get().min(BOUNCE_PAGES)
         };
-        let frames = match slot.device.allocate_for(range.slice(0, want)) {
+        // All of a huge page, wherever that is.
+        let frames = if whole {
+            slot.device.allocate(range.pages())
+        } else {
+            slot.device.allocate_for(range.slice(0, want))
+        };
+        let frames = match frames {
             Ok(frames) if whole && u64::from(frames.count()) < want => {
                 slot.device.free(frames);
                 return Passed::new(1, Fate::Stayed(StayReason::NoDeviceMemory));

@@ -232,7 +232,7 @@ impl Engine<'_> {
         target: Target,
     ) -> Option<Copied> {
         let device = self.devices.slot(target.device).device;
-        let frames = device.allocate_for(page).ok()?;
+        let frames = device.allocate(page.pages()).ok()?;
         let claimed = if frames.count() as usize == PAGES_PER_BLOCK {
             self.claim_protected(page, frames).ok()
         } else {

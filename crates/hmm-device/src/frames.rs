@@ -83,16 +83,22 @@ impl FrameAllocator {
         Some(run)
     }
 
-    /// Takes these frames; false, and nothing was taken, when one of them is not free
-    /// or does not exist.
+    /// Takes frames from this one on, at most `want`; `None` when it is not free.
     #[must_use]
-    pub fn allocate_at(&mut self, run: FrameRange) -> bool {
-        let free = run.first().get() + run.count() <= self.frames
-            && words(run).all(|(word, mask)| self.bits[word] & mask == mask);
-        if free {
-            self.take(run);
+    pub fn allocate_at(&mut self, first: FrameId, want: u32) -> Option<FrameRange> {
+        let want = want.min(self.frames.saturating_sub(first.get()));
+        let mut len = 0;
+        while len < want {
+            let at = first.get() + len;
+            let ones = (self.bits[(at / 64) as usize] >> (at % 64)).trailing_ones();
+            len += ones;
+            if ones < 64 - at % 64 {
+                break;
+            }
         }
-        free
+        let run = (len > 0).then(|| FrameRange::new(first, len.min(want)))?;
+        self.take(run);
+        Some(run)
     }
 
     /// Gives frames back.
@@ -337,21 +343,21 @@ mod tests {
     #[test]
     fn frames_can_be_had_where_they_are_wanted() {
         let mut frames = FrameAllocator::new(1000);
-        let run = |first, count| FrameRange::new(FrameId::new(first), count);
-        assert!(frames.allocate_at(run(100, 300)));
-        for taken in [
-            run(100, 1),
-            run(399, 1),
-            run(60, 50),
-            run(990, 11),
-            run(2000, 1),
-        ] {
-            assert!(!frames.allocate_at(taken), "{taken:?}");
-        }
-        assert!(frames.allocate_at(run(400, 600)));
-        assert_eq!(frames.free_frames(), 100);
-        frames.free(run(300, 300));
-        assert!(frames.allocate_at(run(320, 64)));
+        let mut at = |first, want| {
+            let run = frames.allocate_at(FrameId::new(first), want)?;
+            Some((run.first().get(), run.count()))
+        };
+        assert_eq!(at(100, 300), Some((100, 300)));
+        assert_eq!(at(100, 1), None);
+        assert_eq!(at(60, 300), Some((60, 40)));
+        assert_eq!(at(990, 300), Some((990, 10)));
+        assert_eq!(at(1000, 1), None);
+        assert_eq!(at(5000, 1), None);
+        assert_eq!(at(0, 0), None);
+        assert_eq!(frames.free_frames(), 1000 - 350);
+        frames.free(FrameRange::new(FrameId::new(60), 340));
+        let run = frames.allocate_at(FrameId::new(64), 64).unwrap();
+        assert_eq!((run.first().get(), run.count()), (64, 64));
     }
 
     #[test]

@@ -93,7 +93,8 @@ pub trait Device: Sync {
     fn allocate(&self, pages: PageCount) -> Result<FrameRange, DeviceError>;
 
     /// The same for these pages: a device whose kernels find memory faster where pages
-    /// that lie together have frames that do, at the same distance, may choose them so.
+    /// that lie together have frames that do, at the same distance, may choose them so:
+    /// fewer than there are, but from the first page on.
     ///
     /// # Errors
     /// As [`Device::allocate`].

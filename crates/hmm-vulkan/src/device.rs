@@ -144,6 +144,33 @@ impl VulkanDevice {
             .map_err(|_| VulkanError::AlreadyAttached)
     }
 
+    /// Pages of a range whose frames are not where all others' are, so that kernels
+    /// cannot find them by adding a number: others had those frames at the time. They
+    /// come right when they go home and come anew. At most `most` ranges.
+    #[must_use]
+    pub fn misplaced(&self, range: PageRange, most: usize) -> Vec<PageRange> {
+        let mut found: Vec<PageRange> = Vec::new();
+        let Some(_guard) = self.enter() else {
+            return found;
+        };
+        let wanted = |page: VirtAddr| {
+            let page = PageRange::from_pages(page, PageCount::ONE);
+            let run = self.frames_at_distance(page)?;
+            Some(self.parts.memory.device(run))
+        };
+        self.parts.table.misplaced(range, wanted, |page| {
+            let full = found.len() >= most;
+            match found.last_mut() {
+                Some(last) if last.end() == page.start() => {
+                    *last = PageRange::span(last.start(), page.end());
+                }
+                _ if full => {}
+                _ => found.push(page),
+            }
+        });
+        found
+    }
+
     /// What it is, for people.
     #[must_use]
     pub fn describe(&self) -> Description {
@@ -398,26 +425,32 @@ impl VulkanDevice {
         run.ok_or(DeviceError::OutOfMemory)
     }
 
-    /// The frames that these pages have where memory is a window onto the address space.
-    /// It is laid around the first page that comes to an empty device, and repeats itself
-    /// before and behind that. `None` where pages run over its end.
-    fn frames_at_distance(&self, pages: PageRange, all: &FrameAllocator) -> Option<FrameRange> {
-        // Whole blocks, so that 64 KiB and 2 MiB lie in memory as they do in the program.
+    /// Pages of the window of memory that frames are chosen in: whole blocks, so that
+    /// 64 KiB and 2 MiB lie in memory as they do in the program.
+    fn window(&self) -> u64 {
+        u64::from(self.frames() / BLOCK_PAGES * BLOCK_PAGES)
+    }
+
+    /// Lays the window around the first pages that come to an empty device.
+    fn lay_window(&self, pages: PageRange) {
         let block = u64::from(BLOCK_PAGES);
-        let window = u64::from(self.frames()) / block * block;
+        let first = (pages.start().get() >> PAGE_SHIFT) / block * block;
+        let begin = first.wrapping_sub(self.window() / 2 / block * block);
+        self.window_begin.store(begin, Ordering::Relaxed);
+    }
+
+    /// The frames that these pages have in the window, which repeats itself before and
+    /// behind. `None` where they run over its end.
+    fn frames_at_distance(&self, pages: PageRange) -> Option<FrameRange> {
         let first = pages.start().get() >> PAGE_SHIFT;
-        if all.free_frames() == self.frames() {
-            let begin = (first - first % block).wrapping_sub(window / 2 / block * block);
-            self.window_begin.store(begin, Ordering::Relaxed);
-        }
         let since = first.wrapping_sub(self.window_begin.load(Ordering::Relaxed));
         // It may lie before: then as much behind the one before that.
         let since = since
             .cast_signed()
-            .checked_rem_euclid(window.cast_signed())?;
+            .checked_rem_euclid(self.window().cast_signed())?;
         let since = u32::try_from(since).ok()?;
         let count = u32::try_from(pages.pages().get()).ok()?;
-        let fits = u64::from(since) + u64::from(count) <= window;
+        let fits = u64::from(since) + u64::from(count) <= self.window();
         fits.then(|| FrameRange::new(FrameId::new(since), count))
     }
 
@@ -468,8 +501,11 @@ impl Device for VulkanDevice {
     /// find those by adding it.
     fn allocate_for(&self, pages: PageRange) -> Result<FrameRange, DeviceError> {
         self.take_frames(|frames| {
-            self.frames_at_distance(pages, frames)
-                .filter(|&run| frames.allocate_at(run))
+            if frames.free_frames() == self.frames() {
+                self.lay_window(pages);
+            }
+            self.frames_at_distance(pages)
+                .and_then(|run| frames.allocate_at(run.first(), run.count()))
                 .or_else(|| frames.allocate(pages.pages().get()))
         })
     }

@@ -237,6 +237,24 @@ impl Table {
         }
     }
 
+    /// Visits pages of a range that are mapped to another place than `wanted` says.
+    pub(crate) fn misplaced(
+        &self,
+        range: PageRange,
+        wanted: impl Fn(VirtAddr) -> Option<u64>,
+        mut visit: impl FnMut(PageRange),
+    ) {
+        self.for_spans(range, |leaf, page, count, done| {
+            for index in 0..count {
+                let entry = self.load(leaf, page + index) & !FLAGS;
+                let at = range.start().plus_pages((done + index) as u64);
+                if entry != 0 && wanted(at).is_some_and(|place| place != entry) {
+                    visit(PageRange::from_pages(at, PageCount::ONE));
+                }
+            }
+        });
+    }
+
     /// Forgets that kernels have asked for a page: what is asked for from now on is
     /// logged anew. The empty leaf's bit stands for many pages, this one among them.
     pub(crate) fn clear_wanted(&self, address: VirtAddr, access: Access) {

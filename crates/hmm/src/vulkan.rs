@@ -9,6 +9,10 @@ use crate::embed::{Faults, InEngine};
 use crate::host::Host;
 use crate::{Error, LaunchVulkanError, Prefetch};
 
+/// Ranges of a launch whose frames are chosen anew: with more of them the page table is
+/// as good.
+const MISPLACED: usize = 64;
+
 /// How a Vulkan device is to be.
 #[derive(Clone, Copy, Debug)]
 pub struct VulkanOptions<'a>(pub(crate) VulkanConfig<'a>);
@@ -134,11 +138,21 @@ impl VulkanDevice {
         let ranges: Vec<_> = uses.iter().map(|used| (used.range, used.access)).collect();
         for used in uses {
             // What stays is asked for page by page, and then in error.
-            let to = Destination::Device(self.id);
-            let moved = self.host.move_all(Some(used.range), to);
-            drop(moved.map(Prefetch::wait));
+            self.bring(used.range);
+            // Two that came at the same time can have been in each other's way.
+            for range in self.device.misplaced(used.range, MISPLACED) {
+                let home = self.host.move_all(Some(range), Destination::System);
+                drop(home.map(Prefetch::wait));
+                self.bring(range);
+            }
         }
         program.launch(groups, push_constants, &ranges)
+    }
+
+    fn bring(&self, range: PageRange) {
+        let to = Destination::Device(self.id);
+        let moved = self.host.move_all(Some(range), to);
+        drop(moved.map(Prefetch::wait));
     }
 
     /// Brings everything home from the device, ends it and gives its memory back. Pages
