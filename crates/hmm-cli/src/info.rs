@@ -96,6 +96,7 @@ fn gather() -> Information {
             (Vec::new(), vec![line], false)
         }
     };
+    let devices: Vec<Line> = devices.into_iter().chain(vulkan_devices()).collect();
     let mut all = findings.iter().chain(&devices).chain(&engine);
     let complete = all.all(|line| line.ok);
     Information {
@@ -105,6 +106,39 @@ fn gather() -> Information {
         opens,
         complete,
     }
+}
+
+/// The Vulkan devices, usable or not. That there is none is nothing to repair.
+fn vulkan_devices() -> Vec<Line> {
+    let all = match hmm::list_vulkan() {
+        Ok(all) if !all.is_empty() => all,
+        Ok(_) => return vec![Line::good("Vulkan device", "none")],
+        Err(why) => return vec![Line::good("Vulkan device", format!("none: {why}"))],
+    };
+    all.into_iter().flat_map(vulkan_device).collect()
+}
+
+fn vulkan_device(device: hmm::VulkanDescription) -> Vec<Line> {
+    let what = format!("Vulkan device {}", device.name);
+    if let Some(problem) = device.problem {
+        let remedy = format!("{problem}; another driver may have it");
+        return vec![Line::bad(&what, device.driver, remedy)];
+    }
+    let policy = match device.policy {
+        hmm::AddressPolicy::Identity => "Identity: as they are",
+        hmm::AddressPolicy::Delta => "Delta: by a constant",
+        _ => "Table: by a page table, or by a constant in memory that a launch names",
+    };
+    let waits = match device.no_stall {
+        None => "kernels wait for them, or begin again".to_owned(),
+        Some(why) => format!("kernels begin again; they cannot wait ({why})"),
+    };
+    let (driver, api, memory) = (device.driver, device.api, device.memory);
+    vec![
+        Line::good(&what, format!("{driver}, Vulkan {api}, {memory}")),
+        Line::good("  its pointers", policy),
+        Line::good("  pages that are missing", waits),
+    ]
 }
 
 /// Opens an engine with a device: what it says of itself is what it does.
