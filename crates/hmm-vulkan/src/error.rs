@@ -210,7 +210,7 @@ pub enum LaunchError {
     #[error("a kernel without checks needs the ranges that it uses, and there are none")]
     NoRanges,
     /// The kernel ended in error; some of it may have run.
-    #[error("the kernel failed: {0}")]
+    #[error(transparent)]
     Kernel(#[from] KernelError),
     /// A call failed for a reason of the driver's.
     #[error("{call} failed: {result}")]

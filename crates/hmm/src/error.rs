@@ -58,7 +58,7 @@ pub enum Error {
     #[error("cannot make the software device: {0}")]
     Software(#[from] hmm_soft::SoftError),
     /// The Vulkan device could not be made.
-    #[error("cannot make the Vulkan device: {0}")]
+    #[error(transparent)]
     Vulkan(#[from] hmm_vulkan::VulkanError),
     /// The device was not accepted.
     #[error(transparent)]
