@@ -544,7 +544,8 @@ impl Engine<'_> {
             } else {
                 let frames = FrameRange::new(frame, leaving.unit);
                 self.devices.slot(device).free(frames);
-                inner.set(index, Self::at_home(block, index, doomed));
+                let removed = doomed && !entry.refilled();
+                inner.set(index, Self::at_home(block, index, removed));
             }
         }
         if parked {
