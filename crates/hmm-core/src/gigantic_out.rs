@@ -84,6 +84,9 @@ impl Engine<'_> {
                 }
                 Fate::Elsewhere(_) => {
                     let step = self.step_home(executor, whole, Home::ahead());
+                    if let Some((_, reason @ StayReason::DeviceLost)) = step.stuck {
+                        return report.stay(asked, reason);
+                    }
                     if step.busy > 0 {
                         self.wait_for_transition();
                     }

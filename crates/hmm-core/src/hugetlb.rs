@@ -299,7 +299,10 @@ impl Engine<'_> {
                     return;
                 }
                 Fate::Elsewhere(_) => {
-                    self.step_home(executor, whole, Home::ahead());
+                    let step = self.step_home(executor, whole, Home::ahead());
+                    if let Some((_, reason @ StayReason::DeviceLost)) = step.stuck {
+                        return report.stay(asked, reason);
+                    }
                 }
                 Fate::Stayed(StayReason::NoDeviceMemory) if !full => {
                     // Room for a page is 2 MiB that lie together.
