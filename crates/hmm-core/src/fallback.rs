@@ -66,31 +66,32 @@ fn chunks((first, pages, data): (u32, u32, bool)) -> impl Iterator<Item = (u32, 
 }
 
 impl Engine<'_> {
-    /// One step with the first pages of `range`, which lies in one block.
+    /// One step with the first pages of `range`, which lies in one block; or with all
+    /// of it, where it was judged to be one page of hugetlbfs.
     pub(crate) fn step_by_copy(
         &self,
         executor: &mut Executor,
         range: PageRange,
         target: Target,
+        huge_page: bool,
     ) -> Passed {
         if !self.capabilities.write_protect || executor.reads_events() {
             return Passed::new(range.pages().get(), Fate::Stayed(StayReason::Limit));
         }
         let slot = self.devices.slot(target.device);
-        let whole = range.pages().index() == PAGES_PER_BLOCK && self.is_hugetlb(range.start());
-        let want = if whole {
+        let want = if huge_page {
             PAGES_PER_BLOCK as u64
         } else {
             range.pages().get().min(BOUNCE_PAGES)
         };
         // All of a huge page, wherever that is.
-        let frames = if whole {
+        let frames = if huge_page {
             slot.device.allocate(range.pages())
         } else {
             slot.device.allocate_for(range.slice(0, want))
         };
         let frames = match frames {
-            Ok(frames) if whole && u64::from(frames.count()) < want => {
+            Ok(frames) if huge_page && u64::from(frames.count()) < want => {
                 slot.device.free(frames);
                 return Passed::new(1, Fate::Stayed(StayReason::NoDeviceMemory));
             }
@@ -104,7 +105,7 @@ impl Engine<'_> {
         };
         let mut attempt = 0;
         let (flight, place) = loop {
-            match self.claim_protected(range, frames) {
+            match self.claim_protected(range, frames, huge_page) {
                 Ok(claimed) => break claimed,
                 Err(None) if self.wait_for_events(executor, attempt) => attempt += 1,
                 Err(passed) => {
@@ -124,7 +125,7 @@ impl Engine<'_> {
                     self.stats
                         .fallback_pages
                         .fetch_add(u64::from(flight.pages), Relaxed);
-                    self.commit_out(&flight, frames, target, whole)
+                    self.commit_out(&flight, frames, target, huge_page)
                 }
                 Err(tried) => {
                     let tried = Some(tried);
@@ -145,6 +146,7 @@ impl Engine<'_> {
         &self,
         range: PageRange,
         frames: FrameRange,
+        huge_page: bool,
     ) -> Result<(Flight, PageRange), Option<Passed>> {
         let map = self.gate.read();
         let stayed = |reason| Some(Passed::new(1, Fate::Stayed(reason)));
@@ -152,8 +154,9 @@ impl Engine<'_> {
             return Err(stayed(StayReason::Raced));
         };
         let block = map.block(piece.block);
-        // Something else has come there since the mapping was judged.
-        if block.is_gigantic() {
+        // Something else has come there since the mapping was judged: small pages that
+        // could be moved, and may be pinned, are not to be copied.
+        if block.is_gigantic() || block.is_hugetlb() != huge_page {
             return Err(stayed(StayReason::Raced));
         }
         let mut inner = block.lock();
@@ -165,7 +168,7 @@ impl Engine<'_> {
         let here = (0..most)
             .take_while(|&offset| inner.state(piece.first + offset) == PageState::System)
             .count();
-        if here == 0 || (block.is_hugetlb() && here < PAGES_PER_BLOCK) {
+        if here == 0 || (huge_page && here < PAGES_PER_BLOCK) {
             let fate = match inner.state(piece.first) {
                 PageState::Discarded => Fate::Stayed(StayReason::Discarded),
                 _ => Fate::Busy,

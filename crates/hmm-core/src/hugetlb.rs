@@ -234,7 +234,7 @@ impl Engine<'_> {
         let device = self.devices.slot(target.device).device;
         let frames = device.allocate(page.pages()).ok()?;
         let claimed = if frames.count() as usize == PAGES_PER_BLOCK {
-            self.claim_protected(page, frames).ok()
+            self.claim_protected(page, frames, true).ok()
         } else {
             None
         };
@@ -254,13 +254,6 @@ impl Engine<'_> {
             place,
             frames,
         })
-    }
-
-    /// Whether an address is in a page of hugetlbfs that can leave.
-    pub(crate) fn is_hugetlb(&self, address: VirtAddr) -> bool {
-        let map = self.gate.read();
-        map.find(address)
-            .is_some_and(|piece| map.block(piece.block).is_hugetlb())
     }
 
     /// Moves a whole page to a device. `asked` is the part that the request is
@@ -285,7 +278,7 @@ impl Engine<'_> {
             };
             let passed = self
                 .passes_over(whole, target.device)
-                .unwrap_or_else(|| self.step_by_copy(executor, whole, target));
+                .unwrap_or_else(|| self.step_by_copy(executor, whole, target, true));
             drop(departure);
             match passed.fate {
                 Fate::Moved { zeroed, .. } => {

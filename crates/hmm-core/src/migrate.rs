@@ -315,7 +315,7 @@ impl Engine<'_> {
                 let alike = self.in_one_mapping(rest);
                 passed = match self.space.explain_refusal(alike.slice(0, 1)) {
                     Some(reason) => Passed::new(alike.pages().get(), Fate::Stayed(reason)),
-                    None => self.step_by_copy(executor, alike, target),
+                    None => self.step_by_copy(executor, alike, target, false),
                 };
             }
             if let Fate::Elsewhere(on) = passed.fate {

@@ -21,12 +21,13 @@ fn the_engine_is_right_for_many_programs() {
 }
 
 /// Programs that once went wrong in ways that few do: pages of hugetlbfs that vanish
-/// under a copy, are remapped while they are registered, or are wanted by one device
-/// while another is lost with them; small pages that are remapped in the range of a drop.
+/// under a copy, are remapped while they are registered, make room for pinned small
+/// pages, or are wanted by one device while another is lost with them; small pages that are remapped in the range of a drop.
 #[test]
 fn the_engine_is_right_where_it_was_not() {
-    const ONCE_WRONG: [u64; 10] = [
-        71443, 84956, 101_147, 102_282, 104_047, 106_982, 130_907, 159_922, 193_354, 912_062,
+    const ONCE_WRONG: [u64; 11] = [
+        71443, 84956, 101_147, 102_282, 104_047, 106_982, 130_907, 159_922, 193_354, 707_715,
+        912_062,
     ];
     for seed in ONCE_WRONG {
         if let Err(failure) = run::<CoreEngine>(&SimConfig::from_seed(seed, OPS)) {
