@@ -114,8 +114,9 @@ impl Engine<'_> {
         there
     }
 
-    /// Reads on until no change is under way, or a remap to one of these places
-    /// is reported.
+    /// Whether what is at these places now is not what the engine knows there. Reads on
+    /// until no change is under way, or a remap to one of them is reported; that of a
+    /// remap that waits for this very event was read before.
     fn reads_of_another(&self, map: &mut SpaceMap, places: &[PageRange]) -> bool {
         self.stats.disputed_events.fetch_add(1, Relaxed);
         let arrives = |event: &Event| match *event {
@@ -131,7 +132,7 @@ impl Engine<'_> {
                 return true;
             }
             if self.space.is_quiet() {
-                return false;
+                return map.order.is_needed_at(places);
             }
             match self.space.read_event() {
                 None => std::hint::spin_loop(),

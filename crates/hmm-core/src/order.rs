@@ -114,6 +114,19 @@ impl Order {
         self.ahead.iter().any(wanted)
     }
 
+    /// Whether a remap to one of these places waits, and nothing else that was read
+    /// makes the place free for it. What follows a remap does not count: that one did.
+    pub(crate) fn is_needed_at(&self, places: &[PageRange]) -> bool {
+        let frees = |event: &Event, place: &PageRange| match event {
+            Event::Remap { from, .. } => from.overlaps(*place),
+            Event::Unmap { range, .. } => range.overlaps(*place) && !self.left.contains(range),
+            _ => false,
+        };
+        let mut events = self.ahead.iter().chain(&self.waiting);
+        places.iter().any(|place| self.awaits(*place))
+            && !events.any(|event| places.iter().any(|place| frees(event, place)))
+    }
+
     /// A thread whose fault was read is to look again later.
     pub(crate) fn stop(&mut self, space: SpaceId, page: PageRange) {
         self.stopped.push((space, page));

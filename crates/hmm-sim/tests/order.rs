@@ -154,6 +154,30 @@ fn memory_that_changed_hands_is_dropped() {
     changes_hands(|space, range| space.dontneed(SpaceId::OWN, range)?.1);
 }
 
+/// Memory arrives, goes on without saying so at once, and other memory arrives at the
+/// same place, which is known to the engine before.
+#[test]
+fn memory_that_has_just_arrived_changes_hands() {
+    let process = Process::new();
+    let [first, second] = [pages(100), pages(200)];
+    let [place, spare] = [pages(0), pages(300)];
+    process.on_device(first, 1);
+    process.on_device(second, 2);
+    process.space.mremap(first, place).unwrap();
+    process.engine.read();
+    process.space.mremap(place, spare).unwrap();
+    process.space.delay(LATE);
+    process.space.mremap(second, place).unwrap();
+    while process.space.has_unread() {
+        process.engine.read();
+    }
+    for (range, value) in [(spare, 1), (place, 2)] {
+        for page in range.iter_pages() {
+            assert_eq!(process.value(page), value, "what has arrived at {page}");
+        }
+    }
+}
+
 /// A mapping grows, which the kernel does not report. One thread changes what
 /// has grown and does not get to say so; another one's memory arrives there.
 fn grown_memory_changes_hands(change: fn(&SimSpace, PageRange) -> Option<Ticket>) {
