@@ -181,24 +181,32 @@ impl Engine<'_> {
             Some(Stop::Again) => Err(None),
             Some(_) => Err(stayed(StayReason::Limit)),
         };
-        // In hugetlbfs a protection outlives the page, and such a hole looks like a
-        // page. Without one it does not, and who fills it waits for this block.
-        let mut hole = false;
-        if block.is_hugetlb() {
-            if inner.protected {
-                protect(false)?;
-                inner.protected = false;
+        // Of hugetlbfs, a page that is there and protected already needs no more.
+        let seen = if inner.protected && self.space.is_protected(range.start()) {
+            let mut all = PageSet::EMPTY;
+            (0..here).for_each(|page| all.insert(page));
+            Some((all, here))
+        } else {
+            // In hugetlbfs a protection outlives the page, and such a hole looks like a
+            // page. Without one it does not, and who fills it waits for this block.
+            let mut hole = false;
+            if huge_page {
+                if inner.protected {
+                    protect(false)?;
+                    inner.protected = false;
+                }
+                hole = self
+                    .present_pages(range)
+                    .is_some_and(|(present, _)| present.is_empty());
             }
-            hole = self
-                .present_pages(range)
-                .is_some_and(|(present, _)| present.is_empty());
-        }
-        if !hole {
-            protect(true)?;
-            inner.protected = block.is_hugetlb();
-        }
-        // Looked at under write protection: a page that is there stays as it is.
-        let Some((present, unguarded)) = self.present_pages(range) else {
+            if !hole {
+                protect(true)?;
+                inner.protected = huge_page;
+            }
+            // Looked at under write protection: a page that is there stays as it is.
+            self.present_pages(range)
+        };
+        let Some((present, unguarded)) = seen else {
             let _ = self.space.write_protect(range, false);
             return Err(stayed(StayReason::Limit));
         };
@@ -395,11 +403,18 @@ impl Engine<'_> {
                 offset += 1;
                 continue;
             };
-            if block.is_hugetlb() && self.space.write_protect(place, false).stop.is_some() {
+            let is_empty = || {
+                let there = self.present_pages(place);
+                there.is_some_and(|(present, _)| present.is_empty())
+            };
+            // In hugetlbfs it may be a protection that was left behind.
+            if block.is_hugetlb()
+                && !is_empty()
+                && self.space.write_protect(place, false).stop.is_some()
+            {
                 return None;
             }
-            let there = self.present_pages(place);
-            if !there.is_some_and(|(present, _)| present.is_empty()) {
+            if !is_empty() {
                 return Some(false);
             }
             offset += u32::try_from(place.pages().get()).unwrap_or(1);

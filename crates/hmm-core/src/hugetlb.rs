@@ -13,13 +13,14 @@ use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use hmm_hal::Dropped;
 use hmm_mem::Pages;
 use hmm_types::{
-    BLOCK_PAGES, FrameRange, PAGES_PER_BLOCK, PageCount, PageRange, StayReason, VirtAddr,
+    BLOCK_PAGES, DeviceId, FrameRange, PAGES_PER_BLOCK, PageCount, PageRange, StayReason, VirtAddr,
 };
 
 use crate::engine::{BUSY_LIMIT, Engine};
 use crate::executor::Executor;
 use crate::fallback::Tried;
 use crate::home::Home;
+use crate::page::PageState;
 use crate::report::MigrationReport;
 use crate::upload::{Fate, Flight, Target};
 
@@ -161,15 +162,36 @@ impl Engine<'_> {
         if executor.reads_events() {
             return end;
         }
+        let mut rooms: [Option<FrameRange>; TOGETHER] = [None; TOGETHER];
         let mut copied: [Option<Copied>; TOGETHER] = [const { None }; TOGETHER];
-        let whole = range
-            .blocks()
-            .take_while(|block| block.pages().index() == PAGES_PER_BLOCK);
-        for (slot, block) in copied.iter_mut().zip(whole) {
-            *slot = self.copy_whole(executor, block, target);
+        let whole = || {
+            let blocks = range.blocks();
+            blocks.take_while(|block| block.pages().index() == PAGES_PER_BLOCK)
+        };
+        let device = self.devices.slot(target.device).device;
+        let mut fits = range.start();
+        for (room, page) in rooms.iter_mut().zip(whole()) {
+            *room = self.frames_for_whole(page, target.device);
+            if room.is_none() {
+                break;
+            }
+            fits = page.end();
+        }
+        // In a region it takes a message to every peer.
+        if !target.by_copy && fits > range.start() {
+            self.protect_ahead(PageRange::span(range.start(), fits));
+        }
+        for ((slot, room), page) in copied.iter_mut().zip(&mut rooms).zip(whole()) {
+            let Some(frames) = room.take() else {
+                break;
+            };
+            *slot = self.copy_whole(executor, page, frames, target);
             if slot.is_none() {
                 break;
             }
+        }
+        for frames in rooms.into_iter().flatten() {
+            device.free(frames);
         }
         let pages = || copied.iter().flatten();
         if let Some(last) = pages().next_back() {
@@ -189,6 +211,9 @@ impl Engine<'_> {
                 Err(_) => false,
             });
             let mut gone = dropped == Some(true);
+            if gone {
+                self.lift_what_is_left(pages(), span);
+            }
             for page in pages() {
                 gone = gone && self.is_dropped(executor, &page.flight);
             }
@@ -223,23 +248,69 @@ impl Engine<'_> {
         end
     }
 
+    /// Frames that follow each other for all of a page.
+    fn frames_for_whole(&self, page: PageRange, device: DeviceId) -> Option<FrameRange> {
+        let device = self.devices.slot(device).device;
+        let frames = device.allocate(page.pages()).ok()?;
+        if frames.count() as usize == PAGES_PER_BLOCK {
+            return Some(frames);
+        }
+        device.free(frames);
+        None
+    }
+
+    /// Write-protects pages that are about to be claimed, all in one call: each has
+    /// every processor forget what it knows of the page table, and takes longer than
+    /// the rest of a claim. A claim looks whether it still holds.
+    fn protect_ahead(&self, range: PageRange) {
+        let map = self.gate.read();
+        let mut end = range.start();
+        for page in range.blocks() {
+            let piece = map.find(page.start()).filter(|it| it.range() == page);
+            let Some(block) = piece.map(|piece| map.block(piece.block)) else {
+                break;
+            };
+            let mut inner = block.lock();
+            let at_home = inner.states().all(|state| state == PageState::System);
+            if !block.is_hugetlb() || !at_home {
+                break;
+            }
+            // Before it is: whoever looks at a hole has to know.
+            inner.protected = true;
+            end = page.end();
+        }
+        if end > range.start() {
+            self.space
+                .write_protect(PageRange::span(range.start(), end), true);
+        }
+    }
+
+    /// Takes away what remains of pages that were dropped under protection, if they
+    /// are where they were; else that is left to who looks at each.
+    fn lift_what_is_left<'a>(&self, pages: impl Iterator<Item = &'a Copied>, span: PageRange) {
+        let map = self.gate.read();
+        let mut pages = pages.map(|page| {
+            let place = map
+                .block(page.flight.block)
+                .place_of(page.flight.first, page.flight.pages);
+            (place, page.place)
+        });
+        if pages.all(|(now, place)| now == Some(place)) {
+            self.space.write_protect(span, false);
+        }
+    }
+
     /// Copies a page that is at home. `None`, and nothing changed, if anything is
     /// in the way.
     fn copy_whole(
         &self,
         executor: &mut Executor,
         page: PageRange,
+        frames: FrameRange,
         target: Target,
     ) -> Option<Copied> {
-        let device = self.devices.slot(target.device).device;
-        let frames = device.allocate(page.pages()).ok()?;
-        let claimed = if frames.count() as usize == PAGES_PER_BLOCK {
-            self.claim_protected(page, frames, true).ok()
-        } else {
-            None
-        };
-        let Some((flight, place)) = claimed else {
-            device.free(frames);
+        let Ok((flight, place)) = self.claim_protected(page, frames, true) else {
+            self.devices.slot(target.device).device.free(frames);
             return None;
         };
         if self

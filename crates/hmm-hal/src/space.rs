@@ -275,6 +275,12 @@ pub trait AddressSpace: Sync {
     /// Stops (or allows again) writes to the pages of the range.
     fn write_protect(&self, range: PageRange, on: bool) -> Progress;
 
+    /// Whether there is a page and nobody can write to it: surely not a hole, nor a
+    /// protection that is left of a page. May say no although it is so.
+    fn is_protected(&self, _page: VirtAddr) -> bool {
+        false
+    }
+
     /// Allows writes to the pages of the range again in any space: a forked
     /// child inherits a protection that its parent's engine had set. Wakes who
     /// waits to write.

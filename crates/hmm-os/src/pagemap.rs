@@ -23,10 +23,11 @@ const HUGE: u64 = raw::PAGE_IS_HUGE as u64;
 const ZERO: u64 = raw::PAGE_IS_PFNZERO as u64;
 const FILE: u64 = raw::PAGE_IS_FILE as u64;
 const GUARD: u64 = raw::PAGE_IS_GUARD as u64;
-/// Bits 63, 63 and 62, 61, and 56 of a word, in its last byte.
+/// Bits 63, 63 and 62, 61, 57, and 56 of a word, in its last byte.
 const PRESENT: u8 = 0b1000_0000;
 const PRESENT_OR_SWAPPED: u8 = 0b1100_0000;
 const FILE_OR_SHARED: u8 = 0b0010_0000;
+const PROTECTED: u8 = 0b0000_0010;
 const EXCLUSIVE: u8 = 0b0000_0001;
 
 /// An open page map.
@@ -155,6 +156,15 @@ impl Pagemap {
         let page = PageRange::from_pages(page, PageCount::ONE);
         self.each_word(page, &mut |_, word| present = word[7] & PRESENT != 0)?;
         Ok(present)
+    }
+
+    /// Whether there is a page, and it is write-protected by userfaultfd.
+    pub(crate) fn is_protected(&self, page: VirtAddr) -> Result<bool> {
+        let mut protected = false;
+        let page = PageRange::from_pages(page, PageCount::ONE);
+        let both = PRESENT | PROTECTED;
+        self.each_word(page, &mut |_, word| protected = word[7] & both == both)?;
+        Ok(protected)
     }
 
     /// Visits runs that are present or swapped out, with their categories, of

@@ -782,6 +782,15 @@ impl AddressSpace for LinuxSpace {
         }
     }
 
+    fn is_protected(&self, page: VirtAddr) -> bool {
+        let parts = self.parts();
+        // What the peers of a region have is not known here.
+        let region = parts
+            .regions
+            .has(PageRange::from_pages(page, PageCount::ONE));
+        !region && parts.pagemap.is_protected(page).unwrap_or(false)
+    }
+
     fn allow_writes(&self, space: SpaceId, range: PageRange) -> Progress {
         let call = |uffd: &Uffd, range| uffd.write_protect(range, false);
         self.on_pages(space, range, call, call)

@@ -468,6 +468,12 @@ impl AddressSpace for SimSpace {
         self.state().write_protect(range, on)
     }
 
+    fn is_protected(&self, page: VirtAddr) -> bool {
+        let mut state = self.state();
+        let entry = state.own().page(page);
+        entry.is_some_and(|entry| entry.write_protected)
+    }
+
     /// Children of the simulation do not inherit a protection.
     fn allow_writes(&self, _: SpaceId, range: PageRange) -> Progress {
         Progress {
