@@ -8,7 +8,7 @@ use crate::build::{Code, Fresh, Gen};
 use crate::contract::{Variant, control};
 use crate::error::SpirvError;
 use crate::module::{Function, Inst, Module, WIDE_SWITCH};
-use crate::runtime::Runtime;
+use crate::runtime::{MISSED, Runtime};
 use crate::stall::elect;
 use crate::types::Types;
 
@@ -309,11 +309,18 @@ impl Wrapper<'_> {
 
     /// Counts an invocation that gave up, and logs its miss.
     fn gave_up(&self, code: &mut Code<'_>) {
-        let (bool, ulong) = (code.build.bool(), code.build.ulong());
-        let one = code.build.word(1);
-        let missed = code.get(bool, self.runtime.missed);
+        let (bool, uint) = (code.build.bool(), code.build.uint());
+        let (one, zero) = (code.build.word(1), code.build.word(0));
+        let end = code.get(uint, self.runtime.end);
+        let missed = code.word_with(Op::BitwiseAnd, end, MISSED);
+        let missed = code.test(Op::INotEqual, &[missed, zero]);
         code.rarely(missed, |code| {
-            let fault = code.get(ulong, self.runtime.fault);
+            let high = code.get(uint, self.runtime.end_high);
+            let high = code.widen(high);
+            let high = code.long_with(Op::ShiftLeftLogical, high, 32);
+            let low = code.word_with(Op::BitwiseAnd, end, !MISSED);
+            let low = code.widen(low);
+            let fault = code.long(Op::BitwiseOr, high, low);
             self.runtime.report(code, fault);
         });
         let unfinished = self.runtime.field(code, control::UNFINISHED);

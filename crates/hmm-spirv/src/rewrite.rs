@@ -51,6 +51,7 @@ impl<'a> Rewriter<'a> {
         let faults = self.runtime.variant.faults();
         let unchanged = function.clone();
         let mut rounds = HashSet::new();
+        let mut burning = HashSet::new();
         if faults {
             let (types, leaving) = (&*self.types, self.leaving);
             let may_leave = |inst: &Inst| {
@@ -61,6 +62,13 @@ impl<'a> Rewriter<'a> {
             rounds = structure::make_room(&mut function, self.build, &mut self.copied, &may_leave)?;
             for &(old, new) in &self.copied[before..] {
                 self.types.copy(old, new);
+            }
+            if self.runtime.variant == Variant::Checked {
+                let types = &*self.types;
+                let accesses = |inst: &Inst| physical_access(inst, types).is_some();
+                let passed = structure::passed(&function, &rounds, &accesses);
+                rounds.retain(|round| !passed.contains_key(round));
+                burning = passed.into_values().collect();
             }
         }
         let types = &*self.types;
@@ -76,6 +84,7 @@ impl<'a> Rewriter<'a> {
                 runtime: self.runtime,
                 types,
                 result: function.def.ty,
+                burns: burning.contains(&label),
             };
             if rounds.contains(&label) {
                 site.runtime.burn(&mut code, function.def.ty);
@@ -123,6 +132,8 @@ struct Site<'a> {
     types: &'a Types,
     /// What the function returns.
     result: u32,
+    /// The next access stands for all in a round of a loop.
+    burns: bool,
 }
 
 impl Site<'_> {
@@ -188,9 +199,10 @@ impl Site<'_> {
         }
         let ulong = code.build.ulong();
         let address = code.op(Op::ConvertPtrToU, ulong, &[pointer]);
+        let burns = std::mem::take(&mut self.burns);
         let place = self
             .runtime
-            .translate(code, address, kind, slot, self.result);
+            .translate(code, address, kind, slot, burns, self.result);
         code.op(Op::ConvertUToPtr, ty, &[place])
     }
 

@@ -11,6 +11,11 @@ const MAX_SLOTS: usize = 16;
 /// Rounds of loops that an invocation does before it looks whether it is to stop.
 const FUEL: u32 = 1 << 16;
 
+/// See [`Runtime::end`].
+pub(crate) const STOPPED: u32 = 1;
+/// See [`Runtime::end`]. This bit of the address is not logged.
+pub(crate) const MISSED: u32 = 2;
+
 /// What an access does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Kind {
@@ -49,12 +54,13 @@ pub(crate) struct Runtime {
     /// Control block values that are read once: by the offset there.
     uniform: Vec<(u64, u32)>,
     slots: Vec<Slot>,
-    /// Whether the invocation has given up.
-    pub(crate) dead: u32,
-    /// Whether it gave up for a miss.
-    pub(crate) missed: u32,
-    /// The access that missed, as it is logged.
-    pub(crate) fault: u32,
+    /// How the invocation has given up: 0 if it has not, [`STOPPED`], or the low word
+    /// of the access that missed, as it is logged, with [`MISSED`] set. One word, and
+    /// another one for the rest: a round of a loop costs something for each variable
+    /// that is set on some way out of it.
+    pub(crate) end: u32,
+    /// The high word of the access that missed.
+    pub(crate) end_high: u32,
     /// Whether it has written.
     pub(crate) wrote: u32,
     fuel: u32,
@@ -95,9 +101,8 @@ impl Runtime {
             control: address,
             uniform,
             slots: Vec::new(),
-            dead: 0,
-            missed: 0,
-            fault: 0,
+            end: 0,
+            end_high: 0,
             wrote: 0,
             fuel: 0,
             stall_fns: Vec::new(),
@@ -106,11 +111,10 @@ impl Runtime {
             functions: Vec::new(),
         };
         if variant.faults() {
-            let fuel = build.word(FUEL);
-            runtime.dead = variable(build, bool, no);
-            runtime.missed = variable(build, bool, no);
+            let (fuel, zero) = (build.word(FUEL), build.word(0));
+            runtime.end = variable(build, uint, zero);
+            runtime.end_high = variable(build, uint, zero);
             runtime.wrote = variable(build, bool, no);
-            runtime.fault = variable(build, ulong, long_0);
             runtime.fuel = variable(build, uint, fuel);
         }
         if many && variant.faults() {
@@ -148,13 +152,15 @@ impl Runtime {
     }
 
     /// The device address for an address, in a function that returns `result`.
-    /// Where [`Variant::faults`], the function returns early on a miss.
+    /// Where [`Variant::faults`], the function returns early on a miss. `burns`: it
+    /// also does what [`Runtime::burn`] does; of checked kernels only.
     pub(crate) fn translate(
         &mut self,
         code: &mut Code<'_>,
         address: u32,
         kind: Kind,
         slot: usize,
+        burns: bool,
         result: u32,
     ) -> u32 {
         match self.variant {
@@ -174,7 +180,7 @@ impl Runtime {
             }
             Variant::Checked => {
                 let slot = self.slot(code.build, slot % MAX_SLOTS);
-                self.checked(code, address, kind, slot, result)
+                self.checked(code, address, kind, slot, burns, result)
             }
             Variant::Stall => {
                 let ulong = code.build.ulong();
@@ -206,8 +212,15 @@ impl Runtime {
 
     /// Whether the invocation has given up.
     pub(crate) fn is_dead(&self, code: &mut Code<'_>) -> u32 {
-        let bool = code.build.bool();
-        code.get(bool, self.dead)
+        let (uint, zero) = (code.build.uint(), code.build.word(0));
+        let end = code.get(uint, self.end);
+        code.test(Op::INotEqual, &[end, zero])
+    }
+
+    /// Notes that the invocation gives up for no miss.
+    pub(crate) fn stop(&self, code: &mut Code<'_>) {
+        let stopped = code.build.word(STOPPED);
+        code.set(self.end, stopped);
     }
 
     /// Where the table's leaf for an address lies.
@@ -287,16 +300,18 @@ impl Runtime {
     /// Looks into the slot first; fills it, or gives up.
     ///
     /// All of the slow path, its return included, is inside of one condition: a
-    /// flag that is looked at afterwards costs as much as the look into the slot.
+    /// flag that is looked at afterwards costs as much as the look into the slot. So
+    /// does a condition of its own for a loop that may have to stop.
     fn checked(
         &self,
         code: &mut Code<'_>,
         address: u32,
         kind: Kind,
         slot: Slot,
+        burns: bool,
         result: u32,
     ) -> u32 {
-        let (ulong, yes) = (code.build.ulong(), code.build.flag(true));
+        let ulong = code.build.ulong();
         let tag = match kind {
             Kind::Read => slot.read,
             Kind::Write => slot.write,
@@ -304,8 +319,15 @@ impl Runtime {
         let mask = code.get(ulong, slot.mask);
         let tag = code.get(ulong, tag);
         let page = code.long(Op::BitwiseAnd, address, mask);
-        let miss = code.test(Op::INotEqual, &[page, tag]);
-        code.rarely(miss, |code| {
+        let mut slow = code.test(Op::INotEqual, &[page, tag]);
+        let empty = burns.then(|| self.spend(code));
+        if let Some(empty) = empty {
+            slow = code.test(Op::LogicalOr, &[slow, empty]);
+        }
+        code.rarely(slow, |code| {
+            if let Some(empty) = empty {
+                code.rarely(empty, |code| self.refuel(code, result));
+            }
             let entry = self.walk(code, address, Fresh::No);
             let wide = code.has_bit(entry, table::WIDE);
             let (small, large) = (code.build.long(!0xfff), code.build.long(!0xffff));
@@ -325,10 +347,13 @@ impl Runtime {
             let allowed = code.has_bit(entry, kind.bit());
             let refused = code.test(Op::LogicalNot, &[allowed]);
             code.rarely(refused, |code| {
-                code.set(self.dead, yes);
-                code.set(self.missed, yes);
                 let fault = logged(code, address, kind);
-                code.set(self.fault, fault);
+                let high = code.long_with(Op::ShiftRightLogical, fault, 32);
+                let high = code.low_word(high);
+                code.set(self.end_high, high);
+                let low = code.low_word(fault);
+                let low = code.word_with(Op::BitwiseOr, low, MISSED);
+                code.set(self.end, low);
                 leave(code, result);
             });
         });
@@ -339,22 +364,29 @@ impl Runtime {
     /// Once in many rounds of a loop: returns early, from a function that returns
     /// `result`, if the host wants it to stop.
     pub(crate) fn burn(&self, code: &mut Code<'_>, result: u32) {
+        let empty = self.spend(code);
+        code.rarely(empty, |code| self.refuel(code, result));
+    }
+
+    /// Counts a round; whether it is time to look.
+    fn spend(&self, code: &mut Code<'_>) -> u32 {
         let (uint, zero) = (code.build.uint(), code.build.word(0));
         let left = code.get(uint, self.fuel);
         let left = code.word_with(Op::ISub, left, 1);
         code.set(self.fuel, left);
-        let empty = code.test(Op::IEqual, &[left, zero]);
-        code.rarely(empty, |code| {
-            let full = code.build.word(FUEL);
-            code.set(self.fuel, full);
-            let stop = self.field(code, control::STOP);
-            let stop = code.read_word(stop, Fresh::Yes);
-            let stopped = code.test(Op::INotEqual, &[stop, zero]);
-            code.rarely(stopped, |code| {
-                let yes = code.build.flag(true);
-                code.set(self.dead, yes);
-                leave(code, result);
-            });
+        code.test(Op::IEqual, &[left, zero])
+    }
+
+    /// Begins to count anew, or returns early.
+    fn refuel(&self, code: &mut Code<'_>, result: u32) {
+        let (full, zero) = (code.build.word(FUEL), code.build.word(0));
+        code.set(self.fuel, full);
+        let stop = self.field(code, control::STOP);
+        let stop = code.read_word(stop, Fresh::Yes);
+        let stopped = code.test(Op::INotEqual, &[stop, zero]);
+        code.rarely(stopped, |code| {
+            self.stop(code);
+            leave(code, result);
         });
     }
 }

@@ -31,11 +31,7 @@ impl Runtime {
     /// Logs a miss and polls until the page is there and no unmap waits.
     fn park(&self, code: &mut Code<'_>, address: u32, kind: Kind) {
         let (uint, bool) = (code.build.uint(), code.build.bool());
-        let (no, yes, zero) = (
-            code.build.flag(false),
-            code.build.flag(true),
-            code.build.word(0),
-        );
+        let (no, zero) = (code.build.flag(false), code.build.word(0));
         let fault = logged(code, address, kind);
         self.report(code, fault);
         let leader = elect(code);
@@ -103,7 +99,7 @@ impl Runtime {
             code.get(bool, left)
         });
         let gave_up = code.get(bool, gave_up);
-        code.rarely(gave_up, |code| code.set(self.dead, yes));
+        code.rarely(gave_up, |code| self.stop(code));
     }
 
     /// Writes a fault to the log, unless it is there.

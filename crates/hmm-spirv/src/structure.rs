@@ -15,6 +15,8 @@ use crate::module::{Block, Function, Inst, label_positions};
 
 /// Blocks that a function may grow to.
 const MAX_BLOCKS: usize = 1 << 14;
+/// Blocks with accesses that are tried in one loop.
+const MAX_TRIED: usize = 4;
 /// Loops that a function may have.
 const MAX_LOOPS: usize = 1 << 10;
 
@@ -408,6 +410,51 @@ fn split_headers(function: &mut Function, build: &mut Gen) -> Result<HashSet<u32
     function.blocks = blocks;
     rename_predecessors(function, &moved);
     Ok(rounds)
+}
+
+/// Where every round of a loop has an access, which can do on the side what is done
+/// once a round: the blocks of such by the label of the round.
+pub(crate) fn passed(
+    function: &Function,
+    rounds: &HashSet<u32>,
+    accesses: &dyn Fn(&Inst) -> bool,
+) -> HashMap<u32, u32> {
+    let by_label: HashMap<u32, &Block> = function.blocks.iter().map(|it| (it.label, it)).collect();
+    let mut passed = HashMap::new();
+    for found in function.blocks.iter().filter_map(Loop::of) {
+        let header = by_label[&found.header];
+        let Some(&round) = header.successors().iter().find(|it| rounds.contains(it)) else {
+            continue;
+        };
+        // Whether a round can end without this block; what it goes through.
+        let walk = |without: Option<u32>| {
+            let mut order = vec![round];
+            let mut next = 0;
+            while let Some(&at) = order.get(next) {
+                next += 1;
+                if at == found.target || Some(at) == without {
+                    continue;
+                }
+                for to in by_label
+                    .get(&at)
+                    .map_or_else(Vec::new, |it| it.successors())
+                {
+                    if to != found.merge && to != found.header && !order.contains(&to) {
+                        order.push(to);
+                    }
+                }
+            }
+            order
+        };
+        let holds = |label: &u32| {
+            let block = by_label.get(label);
+            block.is_some_and(|it| it.body.iter().any(accesses))
+        };
+        let mut candidates = walk(None).into_iter().filter(holds).take(MAX_TRIED);
+        let always = candidates.find(|&it| !walk(Some(it)).contains(&found.target));
+        passed.extend(always.map(|it| (round, it)));
+    }
+    passed
 }
 
 /// Tells the phis of a function that blocks now end under another label.

@@ -494,17 +494,21 @@ fn barriers() {
 #[test]
 fn runaway() {
     isolated("runaway", || {
-        for variant in [Variant::Checked, Variant::Stall] {
-            let mut host = open(BASE, MIB);
-            host.stop_after = Some(Duration::from_millis(50));
-            let data = host.allocate(4096, 4);
-            let pipeline = host.compile(&kernel("runaway"), variant);
-            let report = host.launch(&pipeline, variant, &data.to_le_bytes(), 2);
-            eprintln!("{variant:?} {report:?}");
-            assert!(
-                report.unfinished >= 64 && (report.torn == 0 || variant == Variant::Checked),
-                "{report:?}"
-            );
+        for name in ["runaway", "circle", "detour"] {
+            for variant in [Variant::Checked, Variant::Stall] {
+                let mut host = open(BASE, MIB);
+                host.stop_after = Some(Duration::from_millis(50));
+                let data = host.allocate(4096, 8);
+                // A circle of one.
+                host.write_longs(data, &[data]);
+                let pipeline = host.compile(&kernel(name), variant);
+                let report = host.launch(&pipeline, variant, &data.to_le_bytes(), 2);
+                eprintln!("{name} {variant:?} {report:?}");
+                // It is the host that ended it, not a miss.
+                assert_eq!(report.unfinished, 128, "{name}: {report:?}");
+                let torn = if variant == Variant::Checked { 128 } else { 0 };
+                assert_eq!(report.torn, torn, "{name}: {report:?}");
+            }
         }
     });
 }

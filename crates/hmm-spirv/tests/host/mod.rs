@@ -421,6 +421,7 @@ impl Host {
         long(&self.control, control::DONE).store(self.done.address, Ordering::Relaxed);
         loop {
             self.word(control::UNFINISHED).store(0, Ordering::SeqCst);
+            self.word(control::STOP).store(0, Ordering::SeqCst);
             let running = self.gpu.start(pipeline, push, base, count);
             if let Some(after) = self.stop_after {
                 std::thread::sleep(after);
@@ -432,7 +433,7 @@ impl Host {
             report.unfinished = self.word(control::UNFINISHED).load(Ordering::SeqCst);
             let served = self.serve_log();
             report.faults += served;
-            if report.unfinished == 0 || self.stop_after.is_some() {
+            if report.unfinished == 0 || (self.stop_after.is_some() && served == 0) {
                 return;
             }
             assert!(
