@@ -1,4 +1,5 @@
-// Adds up runs of numbers that lie together, one for each invocation, 16 bytes at a time.
+// Adds up runs of numbers that lie together, one for each invocation, 16 bytes at a time:
+// as two words, which a CPU that plays the device loads at half the price of four numbers.
 #version 460
 #extension GL_EXT_buffer_reference2 : require
 #extension GL_EXT_scalar_block_layout : require
@@ -7,7 +8,7 @@
 layout(local_size_x = 64) in;
 
 layout(buffer_reference, scalar, buffer_reference_align = 4) buffer Numbers { uint number; };
-layout(buffer_reference, scalar, buffer_reference_align = 16) buffer Fours { uvec4 four; };
+layout(buffer_reference, scalar, buffer_reference_align = 16) buffer Fours { u64vec2 pairs; };
 
 layout(push_constant, scalar) uniform Parameters {
     Fours numbers;
@@ -21,10 +22,11 @@ void main() {
     if (run >= runs) {
         return;
     }
-    uvec4 sum = uvec4(0);
+    uvec2 sum = uvec2(0);
     uint fours = run_len / 4;
     for (uint at = 0; at < fours; ++at) {
-        sum += numbers[run * fours + at].four;
+        u64vec2 pairs = numbers[run * fours + at].pairs;
+        sum += uvec2(pairs) + uvec2(pairs >> 32);
     }
-    sums[run].number = sum.x + sum.y + sum.z + sum.w;
+    sums[run].number = sum.x + sum.y;
 }
