@@ -24,6 +24,7 @@ use crate::kernel::{Pipeline, Variant};
 use crate::memory::Memory;
 use crate::physical::Description;
 use crate::queue::{CopyQueue, Fate};
+use crate::servers::Servers;
 use crate::stats::{Counters, VulkanStats};
 use crate::table::Table;
 use crate::{Choice, VulkanError};
@@ -53,6 +54,7 @@ pub struct VulkanDevice {
     /// Changes with the allocator locked.
     window_begin: AtomicU64,
     gate: Gate,
+    servers: Servers,
     injector: Injector,
     counters: Counters,
     driver: &'static Driver,
@@ -114,6 +116,7 @@ impl VulkanDevice {
             window_begin: AtomicU64::new(0),
             parts,
             gate,
+            servers: Servers::new(),
             injector: Injector::default(),
             counters: Counters::default(),
             driver,
@@ -217,6 +220,7 @@ impl VulkanDevice {
         }
         // Launches that wait for their turn end before.
         self.driver.run(|| self.tear_down());
+        self.servers.close();
         self.driver.close();
         for thread in std::mem::take(&mut *lock(&self.threads)) {
             thread.join();
@@ -374,6 +378,10 @@ impl VulkanDevice {
 
     pub(crate) const fn gate(&self) -> &Gate {
         &self.gate
+    }
+
+    pub(crate) const fn servers(&self) -> &Servers {
+        &self.servers
     }
 
     pub(crate) const fn counters(&self) -> &Counters {

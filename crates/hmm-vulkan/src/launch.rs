@@ -168,13 +168,7 @@ impl Launch<'_> {
 
     /// Whether there is any sense in going on.
     pub(crate) fn go_on(&self) -> Result<(), LaunchError> {
-        if self.device.driver().is_closing() {
-            return Err(LaunchError::Closed);
-        }
-        match self.device.injector().loss() {
-            None => Ok(()),
-            Some(_) => Err(LaunchError::Lost),
-        }
+        go_on(self.device)
     }
 
     /// A dispatch from its start to its end.
@@ -214,35 +208,15 @@ impl Launch<'_> {
 
     /// Has the engine bring a page. `true` when it was asked.
     pub(crate) fn fault(&mut self, miss: Miss) -> Result<bool, LaunchError> {
-        let Miss { address, access } = miss;
-        let device = self.device;
-        let (id, engine) = self.engine;
-        let mut since = None;
-        let mut rounds = 0;
-        loop {
-            if device.table().allows(address, access) {
-                return Ok(rounds > 0);
-            }
-            self.go_on()?;
-            rounds += 1;
-            self.report.faults += 1;
-            // An engine that panics must not be taken for a kernel that fails.
-            let bomb = hmm_device::AbortOnUnwind("the engine resolved a device fault");
-            let resolution = engine.device_fault(id, address, access);
-            bomb.defuse();
-            match resolution {
-                Ok(Resolution::Mapped) => return Ok(true),
-                Ok(Resolution::Retry) => {
-                    self.report.retries += 1;
-                    let since = since.get_or_insert_with(Instant::now);
-                    if since.elapsed() > RETRY_TIME {
-                        return Err(KernelError::Stuck { address, rounds }.into());
-                    }
-                    engine.wait_for_progress();
-                }
-                Err(error) => return Err(KernelError::Fault(error).into()),
-            }
-        }
+        let mut tally = Tally::new();
+        let brought = bring(self.device, miss, &mut tally);
+        self.count(tally);
+        brought
+    }
+
+    pub(crate) const fn count(&mut self, tally: Tally) {
+        self.report.faults += tally.faults;
+        self.report.retries += tally.retries;
     }
 
     /// A kernel without checks over the page table: what it uses is brought, and does not
@@ -308,5 +282,71 @@ impl Launch<'_> {
     /// A kernel that uses no table: nobody waits for it but whoever launched it.
     fn plain(&mut self) -> Result<(), LaunchError> {
         self.dispatch(Chunk::whole(self.groups))
+    }
+}
+
+/// What serving misses came to.
+pub(crate) struct Tally {
+    faults: u64,
+    retries: u64,
+}
+
+impl Tally {
+    pub(crate) const fn new() -> Self {
+        Self {
+            faults: 0,
+            retries: 0,
+        }
+    }
+
+    pub(crate) const fn add(&mut self, other: Self) {
+        self.faults += other.faults;
+        self.retries += other.retries;
+    }
+}
+
+fn go_on(device: &VulkanDevice) -> Result<(), LaunchError> {
+    if device.driver().is_closing() {
+        return Err(LaunchError::Closed);
+    }
+    match device.injector().loss() {
+        None => Ok(()),
+        Some(_) => Err(LaunchError::Lost),
+    }
+}
+
+/// Has the engine bring a page. `true` when it was asked.
+pub(crate) fn bring(
+    device: &VulkanDevice,
+    miss: Miss,
+    tally: &mut Tally,
+) -> Result<bool, LaunchError> {
+    let Miss { address, access } = miss;
+    let &(id, engine) = device.engine().ok_or(LaunchError::NotAttached)?;
+    let mut since = None;
+    let mut rounds = 0;
+    loop {
+        if device.table().allows(address, access) {
+            return Ok(rounds > 0);
+        }
+        go_on(device)?;
+        rounds += 1;
+        tally.faults += 1;
+        // An engine that panics must not be taken for a kernel that fails.
+        let bomb = hmm_device::AbortOnUnwind("the engine resolved a device fault");
+        let resolution = engine.device_fault(id, address, access);
+        bomb.defuse();
+        match resolution {
+            Ok(Resolution::Mapped) => return Ok(true),
+            Ok(Resolution::Retry) => {
+                tally.retries += 1;
+                let since = since.get_or_insert_with(Instant::now);
+                if since.elapsed() > RETRY_TIME {
+                    return Err(KernelError::Stuck { address, rounds }.into());
+                }
+                engine.wait_for_progress();
+            }
+            Err(error) => return Err(KernelError::Fault(error).into()),
+        }
     }
 }

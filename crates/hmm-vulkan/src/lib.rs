@@ -50,6 +50,7 @@ mod pool;
 mod program;
 mod queue;
 mod rounds;
+mod servers;
 mod staging;
 mod stall;
 mod stats;

@@ -26,6 +26,8 @@ pub(crate) struct Miss {
 }
 
 impl Miss {
+    pub(crate) const NONE: Self = Self::parse(0);
+
     /// From an address whose lowest bit says whether it was to be written to.
     const fn parse(entry: u64) -> Self {
         Self {

@@ -27,6 +27,7 @@ use crate::table::Table;
 
 const DRIVER_THREAD: &str = "hmm-vulkan";
 const COPY_THREAD: &str = "hmm-vulkan-copy";
+const SERVER_THREAD: &str = "hmm-vulkan-miss";
 
 impl VulkanDevice {
     /// Opens a device whose threads are plain ones.
@@ -94,6 +95,17 @@ impl VulkanDevice {
                     device.close();
                     return Err(error);
                 }
+            }
+        }
+        let body = move || {
+            block_signals();
+            device.servers().help(device);
+        };
+        match spawn(SERVER_THREAD, Box::new(body)) {
+            Ok(thread) => device.keep(thread),
+            Err(error) => {
+                device.close();
+                return Err(error);
             }
         }
         Ok(device)

@@ -12,7 +12,7 @@ use hmm_types::VirtAddr;
 
 use crate::chunks::{Chunk, Chunks};
 use crate::config::DISPATCH_INVOCATIONS;
-use crate::launch::Launch;
+use crate::launch::{Launch, Tally};
 use crate::log::Miss;
 use crate::{KernelError, LaunchError};
 
@@ -83,16 +83,15 @@ impl Launch<'_> {
 
     fn serve_log(&mut self) -> Result<Served, LaunchError> {
         let misses = self.read_log(false);
-        let mut served = Served {
+        let served = Served {
             asked: !misses.is_empty(),
-            last: VirtAddr::new(0),
+            last: misses.last().map_or(VirtAddr::new(0), |miss| miss.address),
         };
-        for miss in &misses {
-            self.fault(*miss)?;
-            served.last = miss.address;
-        }
+        let mut tally = Tally::new();
+        let (misses, done) = self.device.servers().serve(self.device, misses, &mut tally);
         self.misses = misses;
-        Ok(served)
+        self.count(tally);
+        done.map(|()| served)
     }
 
     /// What kernels have missed since the last time; from now on it is logged anew.
