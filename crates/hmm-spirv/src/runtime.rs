@@ -65,6 +65,7 @@ pub(crate) struct Runtime {
     pub(crate) wrote: u32,
     fuel: u32,
     stall_fns: Vec<(Kind, u32)>,
+    way_fn: Option<u32>,
     /// Holds 0, which the driver does not know, where many returns must not nest.
     pub(crate) zero: Option<u32>,
     /// All variables, for the entry point's interface.
@@ -106,6 +107,7 @@ impl Runtime {
             wrote: 0,
             fuel: 0,
             stall_fns: Vec::new(),
+            way_fn: None,
             zero: None,
             variables: Vec::new(),
             functions: Vec::new(),
@@ -281,6 +283,19 @@ impl Runtime {
         id
     }
 
+    /// [`Runtime::make_way`] as a function: of an address like the others, for nothing.
+    fn way_fn(&mut self, build: &mut Gen) -> u32 {
+        if let Some(id) = self.way_fn {
+            return id;
+        }
+        let id = self.function(build, |it, code, nothing| {
+            it.make_way(code);
+            nothing
+        });
+        self.way_fn = Some(id);
+        id
+    }
+
     fn slot(&mut self, build: &mut Gen, slot: usize) -> Slot {
         let (ulong, none, zero) = (build.ulong(), build.long(1), build.long(0));
         while self.slots.len() <= slot {
@@ -362,10 +377,17 @@ impl Runtime {
     }
 
     /// Once in many rounds of a loop: returns early, from a function that returns
-    /// `result`, if the host wants it to stop.
-    pub(crate) fn burn(&self, code: &mut Code<'_>, result: u32) {
+    /// `result`, if the host wants it to stop. A stalled kernel parks if an unmap waits.
+    pub(crate) fn burn(&mut self, code: &mut Code<'_>, result: u32) {
+        let way = (self.variant == Variant::Stall).then(|| self.way_fn(code.build));
         let empty = self.spend(code);
-        code.rarely(empty, |code| self.refuel(code, result));
+        code.rarely(empty, |code| {
+            self.refuel(code, result);
+            if let Some(function) = way {
+                let (ulong, nothing) = (code.build.ulong(), code.build.long(0));
+                code.op(Op::FunctionCall, ulong, &[function, nothing]);
+            }
+        });
     }
 
     /// Counts a round; whether it is time to look.

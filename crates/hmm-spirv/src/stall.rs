@@ -9,6 +9,12 @@ use crate::runtime::{Kind, Runtime, logged, place};
 /// Polls of a stall after which a page is asked for again; a power of two.
 const ASK_AGAIN: u32 = 1 << 10;
 
+/// Whether an invocation need not stay parked.
+struct Ready {
+    served: u32,
+    stopped: u32,
+}
+
 impl Runtime {
     /// Asks the table until no invocation of the subgroup misses.
     pub(crate) fn stalling(&self, code: &mut Code<'_>, address: u32, kind: Kind) -> u32 {
@@ -34,31 +40,17 @@ impl Runtime {
         let (no, zero) = (code.build.flag(false), code.build.word(0));
         let fault = logged(code, address, kind);
         self.report(code, fault);
-        let leader = elect(code);
         let gave_up = code.local(bool);
         let polls = code.local(uint);
-        let left = code.local(bool);
-        let [one, minus_one] = [code.build.word(1), code.build.word(u32::MAX)];
-        let parked = self.field(code, control::PARKED);
-        let yields = self.field(code, control::YIELD);
-        let stop = self.field(code, control::STOP);
+        let one = code.build.word(1);
         let bound = self.field(code, control::STALL_POLLS);
         let bound = code.read_word(bound, Fresh::No);
         code.set(gave_up, no);
         code.set(polls, zero);
-        code.set(left, no);
-        code.rarely(leader, |code| {
-            code.atomic(Op::AtomicIAdd, parked, one);
-        });
-        code.until(|code| {
-            code.fence();
+        self.parked(code, |code, calm, stop| {
             let found = self.walk(code, address, Fresh::Yes);
             let valid = code.has_bit(found, kind.bit());
-            let waiting = code.read_word(yields, Fresh::Yes);
-            let calm = code.test(Op::IEqual, &[waiting, zero]);
             let served = code.test(Op::LogicalAnd, &[valid, calm]);
-            let stop = code.read_word(stop, Fresh::Yes);
-            let stopped = code.test(Op::INotEqual, &[stop, zero]);
             let count = code.get(uint, polls);
             let count = code.word(Op::IAdd, count, one);
             code.set(polls, count);
@@ -69,13 +61,56 @@ impl Runtime {
             let asks = code.test(Op::LogicalAnd, &[asks, misses]);
             code.rarely(asks, |code| self.report(code, fault));
             let over = code.test(Op::UGreaterThanEqual, &[count, bound]);
-            let stopped = code.test(Op::LogicalOr, &[stopped, over]);
+            let stopped = code.test(Op::LogicalOr, &[stop, over]);
             let before = code.get(bool, gave_up);
             let stopped = code.test(Op::LogicalOr, &[stopped, before]);
             // Who is served already must not give up with the others.
             let unserved = code.test(Op::LogicalNot, &[served]);
             let given_up = code.test(Op::LogicalAnd, &[stopped, unserved]);
             code.set(gave_up, given_up);
+            Ready { served, stopped }
+        });
+        let gave_up = code.get(bool, gave_up);
+        code.rarely(gave_up, |code| self.stop(code));
+    }
+
+    /// Parks while an unmap waits: in a long loop nothing may miss.
+    pub(crate) fn make_way(&self, code: &mut Code<'_>) {
+        let zero = code.build.word(0);
+        let yields = self.field(code, control::YIELD);
+        let waiting = code.read_word(yields, Fresh::Yes);
+        let waits = code.test(Op::INotEqual, &[waiting, zero]);
+        code.rarely(waits, |code| {
+            self.parked(code, |_, calm, stop| Ready {
+                served: calm,
+                stopped: stop,
+            });
+        });
+    }
+
+    /// Counts the subgroup as parked until `ready` holds in all of it, and until no unmap
+    /// waits or it has stopped. What `ready` gets: whether none waits, and whether the
+    /// host wants it to stop.
+    fn parked(&self, code: &mut Code<'_>, ready: impl FnOnce(&mut Code<'_>, u32, u32) -> Ready) {
+        let bool = code.build.bool();
+        let (no, zero) = (code.build.flag(false), code.build.word(0));
+        let [one, minus_one] = [code.build.word(1), code.build.word(u32::MAX)];
+        let leader = elect(code);
+        let left = code.local(bool);
+        let parked = self.field(code, control::PARKED);
+        let yields = self.field(code, control::YIELD);
+        let stop = self.field(code, control::STOP);
+        code.set(left, no);
+        code.rarely(leader, |code| {
+            code.atomic(Op::AtomicIAdd, parked, one);
+        });
+        code.until(|code| {
+            code.fence();
+            let waiting = code.read_word(yields, Fresh::Yes);
+            let calm = code.test(Op::IEqual, &[waiting, zero]);
+            let stop = code.read_word(stop, Fresh::Yes);
+            let stop = code.test(Op::INotEqual, &[stop, zero]);
+            let Ready { served, stopped } = ready(code, calm, stop);
             let ready = code.test(Op::LogicalOr, &[served, stopped]);
             let ready = all(code, ready);
             code.set(left, ready);
@@ -98,8 +133,6 @@ impl Runtime {
             });
             code.get(bool, left)
         });
-        let gave_up = code.get(bool, gave_up);
-        code.rarely(gave_up, |code| self.stop(code));
     }
 
     /// Writes a fault to the log, unless it is there.

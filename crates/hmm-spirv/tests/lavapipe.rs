@@ -513,6 +513,27 @@ fn runaway() {
     });
 }
 
+/// Nor does a loop hold up who wants to unmap, although nothing in it misses.
+#[test]
+fn makes_way() {
+    isolated("makes_way", || {
+        for name in ["runaway", "circle", "detour"] {
+            let mut host = open(BASE, MIB);
+            host.evict_after = Some(Duration::from_millis(100));
+            host.stop_after = Some(Duration::from_millis(200));
+            let data = host.allocate(4096, 8);
+            host.write_longs(data, &[data]);
+            let pipeline = host.compile(&kernel(name), Variant::Stall);
+            let report = host.launch(&pipeline, Variant::Stall, &data.to_le_bytes(), 2);
+            eprintln!("{name} {report:?}");
+            assert!(
+                report.evictions == 1 && report.unfinished == 128,
+                "{name}: {report:?}"
+            );
+        }
+    });
+}
+
 /// A host that never answers lets a stalled kernel reach its bound.
 #[test]
 fn bound() {

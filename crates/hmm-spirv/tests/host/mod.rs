@@ -84,6 +84,8 @@ pub struct Host {
     pub evict: bool,
     /// Pretends that `stop` was set after so long.
     pub stop_after: Option<Duration>,
+    /// Everything is taken away from a stalled kernel then, once.
+    pub evict_after: Option<Duration>,
 }
 
 impl Host {
@@ -121,6 +123,7 @@ impl Host {
             stall_polls: 1 << 28,
             evict: false,
             stop_after: None,
+            evict_after: None,
         })
     }
 
@@ -460,6 +463,13 @@ impl Host {
             let served = self.serve_log();
             report.faults += served;
             if served > 0 && self.evict && report.evictions < 200 {
+                report.evictions += u64::from(self.evict_some());
+            }
+            if self
+                .evict_after
+                .is_some_and(|after| start.elapsed() > after)
+            {
+                self.evict_after = None;
                 report.evictions += u64::from(self.evict_some());
             }
             if self.stop_after.is_some_and(|after| start.elapsed() > after) {
