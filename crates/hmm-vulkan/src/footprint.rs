@@ -122,14 +122,17 @@ impl Footprint {
     }
 }
 
-/// The writable private mappings in the text of /proc/PID/maps: others never migrate.
+/// The mappings in the text of /proc/PID/maps that may migrate: writable ones, and those
+/// of no file that can be read (a compiler's output is read-only once it is done).
 fn writable(maps: &str) -> Vec<[u64; 2]> {
     let parse = |line: &str| {
         let mut words = line.split_ascii_whitespace();
         let (start, end) = words.next()?.split_once('-')?;
-        let access = words.next()?;
+        let access = words.next()?.as_bytes();
+        let inode = words.nth(2)?;
+        let anonymous = access.first() == Some(&b'r') && inode == "0";
         let address = |hex| u64::from_str_radix(hex, 16).ok();
-        (access.as_bytes().get(1) == Some(&b'w')).then_some([address(start)?, address(end)?])
+        (anonymous || access.get(1) == Some(&b'w')).then_some([address(start)?, address(end)?])
     };
     maps.lines().filter_map(parse).collect()
 }
@@ -203,11 +206,12 @@ mod tests {
         let small = [
             range(0x4000, 0x5000),
             range(0x8000, 0x9000),
+            range(0xa000, 0xb000),
             range(0xc000, 0xd000),
         ];
-        assert_eq!(taken.ranges[..3], small);
+        assert_eq!(taken.ranges[..4], small);
         // A heap counts as a whole, what of it is not yet in use too.
-        assert_eq!(taken.ranges[3..], [range(0x4000_0000, 0x4400_0000)]);
+        assert_eq!(taken.ranges[4..], [range(0x4000_0000, 0x4400_0000)]);
     }
 
     #[test]
