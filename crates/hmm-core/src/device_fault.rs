@@ -202,7 +202,8 @@ impl Engine<'_> {
             }
         };
         // Nothing of such a mapping ever leaves: neighbours come along for free.
-        if matches!(mapping.kind, MemoryKind::File | MemoryKind::Shared) {
+        let huge = mapping.kind == MemoryKind::HugeTlb && !mapping.huge_pages;
+        if huge || matches!(mapping.kind, MemoryKind::File | MemoryKind::Shared) {
             let block =
                 PageRange::from_pages(address.block_floor(), PageCount::from(PAGES_PER_BLOCK));
             let together = mapping.whole.intersection(block).unwrap_or(page);
@@ -263,13 +264,16 @@ impl Engine<'_> {
     /// the engine has none of them registered.
     fn map_in_place(&self, page: PageRange, target: Target) -> Option<Resolution> {
         let slot = self.devices.slot(target.device);
-        if !slot.device.info().system_memory {
+        let info = slot.device.info();
+        if !info.system_memory && !info.unwatched_memory {
             return None;
         }
         let map = self.gate.read();
-        let resting = match map.overlapping(page).next() {
+        let piece = map.overlapping(page).next();
+        let watched = piece.is_some();
+        let resting = match piece {
             None => true,
-            Some(_) if page.pages() > PageCount::ONE => return None,
+            Some(_) if page.pages() > PageCount::ONE || !info.system_memory => return None,
             Some(piece) => {
                 let mut inner = map.block(piece.block).lock();
                 let state = inner.state(piece.first);
@@ -290,9 +294,12 @@ impl Engine<'_> {
                 .drain(..)
                 .for_each(|range| slot.device.unmap(range));
         }
-        slot.device
-            .map_host(page, page.start(), target.access)
-            .ok()?;
+        let mapped = if watched {
+            slot.device.map_host(page, page.start(), target.access)
+        } else {
+            slot.device.map_unwatched(page, target.access)
+        };
+        mapped.ok()?;
         match in_place.last_mut() {
             Some(last) if last.end() == page.start() => {
                 *last = PageRange::span(last.start(), page.end());

@@ -328,6 +328,7 @@ impl Device for Gpu {
     fn info(&self) -> DeviceInfo {
         DeviceInfo {
             reads_program: false,
+            unwatched_memory: false,
             name: "model",
             memory: ByteCount::new(u64::from(FRAMES) * 4096),
             coherent: false,

@@ -19,6 +19,9 @@ pub struct DeviceInfo {
     pub system_memory: bool,
     /// Whether it can do [`Transfer::FromProgram`].
     pub reads_program: bool,
+    /// Whether its kernels can use in place what never migrates, though perhaps not all
+    /// system memory: [`Device::map_unwatched`].
+    pub unwatched_memory: bool,
 }
 
 /// What a device reports that the engine could not foresee.
@@ -122,6 +125,17 @@ pub trait Device: Sync {
     /// As [`Device::map`].
     fn map_host(&self, range: PageRange, host: VirtAddr, access: Access)
     -> Result<(), DeviceError>;
+
+    /// Lets the device use pages in place that the engine does not watch: they never
+    /// migrate, and it learns nothing of what becomes of them. A device that has to
+    /// prepare that without locks may do so when it is back from the fault that led here,
+    /// unless [`Device::unmap`] has been called for a part of the range by then.
+    ///
+    /// # Errors
+    /// As [`Device::map`].
+    fn map_unwatched(&self, range: PageRange, access: Access) -> Result<(), DeviceError> {
+        self.map_host(range, range.start(), access)
+    }
 
     /// Unmaps pages. When it returns, no access of the device through an old
     /// mapping is under way, and none will follow. Works on a lost device too.

@@ -106,6 +106,7 @@ impl SimDevice {
             host_view: config.host_view,
             info: DeviceInfo {
                 reads_program: false,
+                unwatched_memory: true,
                 name: "simulated",
                 memory: ByteCount::new(u64::from(config.frames) * PAGE_SIZE),
                 coherent: config.coherent && index + 1 == config.devices,

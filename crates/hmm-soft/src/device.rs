@@ -401,6 +401,7 @@ impl Device for SoftDevice {
             atomics: true,
             system_memory: true,
             reads_program: cfg!(target_arch = "x86_64"),
+            unwatched_memory: true,
         }
     }
 

@@ -7,7 +7,7 @@ use crate::VulkanError;
 use crate::gpu::Gpu;
 
 /// A buffer with its memory.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Buffer {
     pub(crate) handle: vk::Buffer,
     memory: vk::DeviceMemory,
@@ -31,8 +31,10 @@ pub(crate) enum Use {
     Frames,
     /// Tables and logs: written by both while a kernel runs.
     Shared,
-    /// Staging for copies.
+    /// Staging for copies, and what is copied without.
     Staging,
+    /// The program's memory.
+    InPlace,
 }
 
 impl Use {
@@ -41,6 +43,7 @@ impl Use {
             Self::Frames => "its frames",
             Self::Shared => "its page table and logs",
             Self::Staging => "staging",
+            Self::InPlace => "memory in place",
         }
     }
 
@@ -56,7 +59,7 @@ impl Use {
             Self::Frames => &[LOCAL_CACHED, LOCAL_SEEN, Flags::DEVICE_LOCAL],
             // A kernel's look at the table, and its atomics, are best in its own memory.
             Self::Shared => &[LOCAL_CACHED, LOCAL_SEEN, CACHED, SEEN],
-            Self::Staging => &[CACHED, SEEN],
+            Self::Staging | Self::InPlace => &[CACHED, SEEN],
         }
     }
 }
@@ -144,7 +147,22 @@ impl Buffer {
         let handle = create(gpu, size, true, purpose)?;
         // SAFETY: the buffer was just made.
         let needs = unsafe { gpu.device.get_buffer_memory_requirements(handle) };
-        let kinds = fitting.memory_type_bits & needs.memory_type_bits;
+        let bits = fitting.memory_type_bits & needs.memory_type_bits;
+        let kinds = gpu.physical.memory.memory_types_as_slice();
+        // What the host writes there is to be seen without further ado.
+        let coherent = |cached| {
+            let wish = vk::MemoryPropertyFlags::HOST_COHERENT | cached;
+            let mut kinds = kinds.iter().zip(0u32..);
+            kinds.find(|(kind, index)| bits & 1 << index != 0 && kind.property_flags.contains(wish))
+        };
+        let kind = coherent(vk::MemoryPropertyFlags::HOST_CACHED)
+            .or_else(|| coherent(vk::MemoryPropertyFlags::empty()));
+        let Some((_, kind)) = kind else {
+            // SAFETY: nobody knows the buffer.
+            unsafe { gpu.device.destroy_buffer(handle, None) };
+            let result = vk::Result::ERROR_INVALID_EXTERNAL_HANDLE;
+            return Err(failed("vkGetMemoryHostPointerPropertiesEXT")(result));
+        };
         let mut flags =
             vk::MemoryAllocateFlagsInfo::default().flags(vk::MemoryAllocateFlags::DEVICE_ADDRESS);
         let mut from = vk::ImportMemoryHostPointerInfoEXT::default()
@@ -152,7 +170,7 @@ impl Buffer {
             .host_pointer(host.cast());
         let info = vk::MemoryAllocateInfo::default()
             .allocation_size(size)
-            .memory_type_index(kinds.trailing_zeros().min(31))
+            .memory_type_index(kind)
             .push_next(&mut flags)
             .push_next(&mut from);
         // SAFETY: the memory is as the caller says; the driver checks the rest.

@@ -22,6 +22,10 @@ pub enum Copies {
     Fitting,
     /// The device's queue, through staging memory, wherever that can be avoided or not.
     Queue,
+    /// As [`Copies::Queue`], but what goes to the device is read where it is, where the
+    /// driver imports it. What comes home goes through staging memory all the same: a
+    /// copy that hangs would go on writing to pages that are somebody else's by then.
+    QueueImports,
 }
 
 /// How a Vulkan device is to be.
@@ -40,6 +44,10 @@ pub struct VulkanConfig<'a> {
     /// only for programs that leave that memory alone meanwhile: see
     /// [`crate::VulkanDevice`].
     pub system_memory: bool,
+    /// Let kernels use in place what never migrates and is mapped as shared (files, shared
+    /// memory), where the driver imports it: see `docs/vulkan.md`. Nothing is imported for
+    /// longer than a launch.
+    pub import_memory: bool,
     /// Overwrite frames when they are freed, so that a use after free shows; where the
     /// CPU can write to them.
     pub poison_freed: bool,
@@ -65,6 +73,7 @@ impl VulkanConfig<'_> {
             copies: Copies::Fitting,
             own_memory: true,
             system_memory: false,
+            import_memory: false,
             poison_freed: false,
             leaves: 65,
             log_entries: MAX_LOG_ENTRIES,

@@ -43,8 +43,10 @@ pub const POISON: u8 = 0xA5;
 /// or unmaps while a kernel uses it is a fault of the driver's thread, which can only be
 /// answered by taking the lock that whoever unmaps for that has, and that waits for the
 /// kernel: the process ends after a minute. So it is for programs that leave such
-/// memory alone while kernels run, and off by default. Other devices do not offer it:
-/// their drivers pin what they import, and then the page could not leave.
+/// memory alone while kernels run, and off by default.
+///
+/// With [`VulkanConfig::import_memory`], also off by default, memory that never migrates
+/// is imported for a launch: `docs/vulkan.md` says which, and what becomes of it.
 pub struct VulkanDevice {
     pub(crate) parts: Parts,
     frames: Mutex<FrameAllocator>,
@@ -187,6 +189,7 @@ impl VulkanDevice {
             leaves: u64::from(self.parts.table.leaves()),
             driver_ranges: lock(&self.excluded).len() as u64,
             shares_heap: self.shares_heap.load(Ordering::Relaxed),
+            imported_now: self.gate.imported(),
             ..self.counters.snapshot()
         }
     }
@@ -252,6 +255,8 @@ impl VulkanDevice {
         if let Some(staging) = queue.staging() {
             staging.wait_for_thread();
         }
+        // The last launch has given its imports back, and nobody unmaps any more.
+        self.gate.close();
         let kernels = std::mem::take(&mut *self.lock_kernels());
         if self.has_given_up() {
             return;
@@ -462,12 +467,25 @@ impl VulkanDevice {
         fits.then(|| FrameRange::new(FrameId::new(since), count))
     }
 
-    fn shoot_down(&self, range: PageRange) {
-        if self.gate.clear(|| self.parts.table.clear(range)) {
+    /// Takes a range away from kernels. What is imported of it goes as a whole, and is
+    /// given back before this returns.
+    pub(crate) fn shoot_down(&self, range: PageRange) {
+        let table = &self.parts.table;
+        let (any, imported) = self.gate.clear(|imports| {
+            let any = table.clear(range);
+            let imported = imports.condemn(range, |whole| {
+                table.clear(whole);
+            });
+            (any, imported)
+        });
+        if any || imported {
             self.counters.shootdowns.add(1);
             if self.gate.quiesce(self.control()) {
                 self.counters.shootdown_waits.add(1);
             }
+        }
+        if imported {
+            self.gate.expel(range);
         }
     }
 
@@ -481,9 +499,13 @@ impl VulkanDevice {
             table.prepare(range, &self.gate)
         };
         let _leaves = prepared.inspect_err(|_| self.shoot_down(range))?;
-        if !table.fits(range, first, access) {
+        let imports = self.imports_memory();
+        let stale = imports && self.gate.lock().imports.concern(range);
+        if stale || !table.fits(range, first, access) {
             self.shoot_down(range);
         }
+        // An import's neighbours belong to no block whose lock the caller has.
+        let _alone = imports.then(|| self.gate.lock());
         table.map(range, first, access);
         Ok(())
     }
@@ -498,6 +520,7 @@ impl Device for VulkanDevice {
             atomics: true,
             system_memory: self.parts.config.system_memory,
             reads_program: false,
+            unwatched_memory: self.imports_memory(),
         }
     }
 
@@ -566,6 +589,16 @@ impl Device for VulkanDevice {
         self.enter_pages(range, host.get(), access)
     }
 
+    /// Imports need the driver, which is not called with locks held: the page is entered
+    /// when the launch that has asked for it takes that up (`imports.rs`).
+    fn map_unwatched(&self, range: PageRange, access: Access) -> Result<(), DeviceError> {
+        if !self.imports_memory() {
+            return self.map_host(range, range.start(), access);
+        }
+        let _guard = self.enter_alive().inspect_err(|_| self.unmap(range))?;
+        self.grant(range)
+    }
+
     fn unmap(&self, range: PageRange) {
         let Some(_guard) = self.enter() else {
             return;
@@ -624,6 +657,7 @@ pub(crate) const fn without_choice(config: VulkanConfig<'_>) -> VulkanConfig<'st
         copies: config.copies,
         own_memory: config.own_memory,
         system_memory: config.system_memory,
+        import_memory: config.import_memory,
         poison_freed: config.poison_freed,
         leaves: config.leaves,
         log_entries: config.log_entries,

@@ -131,6 +131,16 @@ pub enum KernelError {
     /// The access is in error, as the engine found.
     #[error(transparent)]
     Fault(#[from] DeviceFaultError),
+    /// The page stays in system memory, and the device cannot use it there.
+    #[error(
+        "the page at {address} stays in system memory, and the device cannot use it there: {why}"
+    )]
+    NotImported {
+        /// The address.
+        address: VirtAddr,
+        /// Why not.
+        why: ImportFailure,
+    },
     /// The page was on its way somewhere all the time.
     #[error("the page at {address} did not settle in {rounds} rounds")]
     Stuck {
@@ -174,6 +184,37 @@ pub enum KernelError {
     Runaway {
         /// The device's limit.
         limit_ms: u64,
+    },
+}
+
+/// Why memory that stays could not be imported for a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ImportFailure {
+    /// There is no second mapping of it.
+    #[error(
+        "only a shared mapping can be mapped a second time (one of huge pages by those only who may \
+         open /proc/self/map_files), and an import must not end with the program's"
+    )]
+    Private,
+    /// It has no pages.
+    #[error("it is behind the end of its file, cannot be written, or has gone meanwhile")]
+    Gone,
+    /// The kernel runs.
+    #[error(
+        "its kernel waits for pages while it runs, and imports are made before: name what it uses"
+    )]
+    Runs,
+    /// The page table is full.
+    #[error("the device's page table has no leaf left")]
+    Full,
+    /// The driver does not import it.
+    #[error("{call} failed: {result}")]
+    Refused {
+        /// The call.
+        call: &'static str,
+        /// Vulkan's result.
+        result: ash::vk::Result,
     },
 }
 

@@ -29,23 +29,29 @@
 //!   active are parked, none is between a look at the table and its access, and each
 //!   looks again before the next. When the dispatch has ended, none is active.
 //!
+//! - *Imports are given back* by a thread that does nothing else (`imports.rs`).
+//!
 //! The driver may hang, and a kernel may run for ever. Both end the process with a
 //! message after [`PATIENCE`]: going on would let the device write to memory that is
 //! somebody else's by then.
 
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::time::{Duration, Instant};
 
 use hmm_sync::{Condvar, Mutex, MutexGuard, Rank};
+use hmm_types::PageRange;
 
 use crate::control::Control;
 use crate::fatal;
+use crate::imports::{Imports, MadeOf};
 use crate::pool::Pool;
 
 /// How long an unmapping waits before the process ends.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// How long to sleep at a time before looking again; nobody relies on it.
 const NAP: Duration = Duration::from_millis(200);
+/// The same where nothing is waited for.
+const LONG_NAP: Duration = Duration::from_secs(5);
 /// Looks at the control block before the processor is yielded.
 const SPINS: u32 = 2000;
 /// Yields before the thread sleeps.
@@ -72,6 +78,8 @@ pub(crate) struct State {
     yields: u32,
     /// Leaves of the page table that are free.
     pub(crate) pool: Pool,
+    /// System memory that the device uses in place.
+    pub(crate) imports: Imports,
 }
 
 /// Between launches and unmappings of one device.
@@ -79,6 +87,10 @@ pub(crate) struct State {
 pub(crate) struct Gate {
     state: Mutex<State>,
     changed: Condvar,
+    /// There is something to give back, or nothing ever again.
+    doomed: Condvar,
+    /// How much is imported; to be read without the lock.
+    imported: AtomicU64,
 }
 
 impl Gate {
@@ -92,9 +104,12 @@ impl Gate {
                     manner: Manner::Returns,
                     yields: 0,
                     pool,
+                    imports: Imports::new(),
                 },
             ),
             changed: Condvar::new(),
+            doomed: Condvar::new(),
+            imported: AtomicU64::new(0),
         }
     }
 
@@ -122,13 +137,71 @@ impl Gate {
     }
 
     /// Clears entries, when no kernel runs that would follow a cleared one.
-    pub(crate) fn clear<R>(&self, clear: impl FnOnce() -> R) -> R {
+    pub(crate) fn clear<R>(&self, clear: impl FnOnce(&mut Imports) -> R) -> R {
         let mut state = self.state.lock();
         while state.begun != state.ended && state.manner == Manner::Unchecked {
             let number = state.begun;
             state = self.wait_for_end(state, number);
         }
-        clear()
+        clear(&mut state.imports)
+    }
+
+    /// Has what is imported of a range given back, and waits. Its entries are cleared, and
+    /// no kernel is under way that looked at them before.
+    pub(crate) fn expel(&self, range: PageRange) {
+        let since = Instant::now();
+        let mut state = self.state.lock();
+        state.imports.doom(range);
+        self.doomed.notify_all();
+        while state.imports.overlap(range) {
+            state = self.changed.wait_timeout(state, NAP);
+            if since.elapsed() > PATIENCE && state.imports.overlap(range) {
+                fatal::die(STUCK);
+            }
+        }
+    }
+
+    /// What the expelling thread is to give back; `None` when it is to end.
+    pub(crate) fn next_doomed(&self) -> Option<MadeOf> {
+        let mut state = self.state.lock();
+        loop {
+            if let Some(doomed) = state.imports.take_doomed() {
+                return Some(doomed);
+            }
+            if state.imports.is_closed() {
+                return None;
+            }
+            state = self.doomed.wait_timeout(state, LONG_NAP);
+        }
+    }
+
+    /// It has been given back.
+    pub(crate) fn expelled(&self, what: MadeOf) {
+        let mut state = self.state.lock();
+        state.imports.gone(what);
+        self.count(&state);
+        self.changed.notify_all();
+    }
+
+    /// Says how much is imported now.
+    pub(crate) fn count(&self, state: &State) {
+        let imported = state.imports.len() as u64;
+        self.imported.store(imported, Ordering::Relaxed);
+    }
+
+    pub(crate) fn imported(&self) -> u64 {
+        self.imported.load(Ordering::Relaxed)
+    }
+
+    /// Waits until something may have been given back.
+    pub(crate) fn wait_for_expelled(&self, state: MutexGuard<'_, State>) {
+        drop(self.changed.wait_timeout(state, NAP));
+    }
+
+    /// Nothing will be imported any more.
+    pub(crate) fn close(&self) {
+        self.state.lock().imports.close();
+        self.doomed.notify_all();
     }
 
     /// Waits until no access is under way that looked at the table before the call.
@@ -279,14 +352,14 @@ mod tests {
         let ended = AtomicBool::new(false);
         gate.begin(Manner::Unchecked, || true);
         std::thread::scope(|scope| {
-            let unmap = scope.spawn(|| gate.clear(|| ended.load(Ordering::SeqCst)));
+            let unmap = scope.spawn(|| gate.clear(|_| ended.load(Ordering::SeqCst)));
             std::thread::sleep(Duration::from_millis(50));
             ended.store(true, Ordering::SeqCst);
             gate.end();
             assert!(unmap.join().unwrap(), "cleared while the kernel ran");
         });
         gate.begin(Manner::Returns, || true);
-        assert!(gate.clear(|| true), "a kernel that checks is no hindrance");
+        assert!(gate.clear(|_| true), "a kernel that checks is no hindrance");
         gate.end();
     }
 }

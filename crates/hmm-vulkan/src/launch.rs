@@ -17,7 +17,7 @@ use crate::kernel::{Kernel, Loaded, Variant};
 use crate::log::Miss;
 use crate::stats::LaunchReport;
 use crate::table::Survey;
-use crate::{KernelError, LaunchError};
+use crate::{ImportFailure, KernelError, LaunchError};
 
 /// For how long the engine may say "wait" for one access.
 pub const RETRY_TIME: Duration = Duration::from_secs(10);
@@ -147,6 +147,8 @@ impl Launch<'_> {
             Variant::Table => self.resident(uses),
             Variant::Plain | Variant::Delta(_) | Variant::Masked { .. } => self.plain(),
         };
+        // No longer than a launch: the next one sees what the program has there then.
+        device.drop_imports();
         if done.is_err() {
             // What was logged and not served must not keep a later kernel from logging it.
             device.area().clear_log();
@@ -211,12 +213,29 @@ impl Launch<'_> {
         let mut tally = Tally::new();
         let brought = bring(self.device, miss, &mut tally);
         self.count(tally);
+        if let Ok(true) = brought {
+            self.take_up(miss)?;
+        }
         brought
     }
 
     pub(crate) const fn count(&mut self, tally: Tally) {
         self.report.faults += tally.faults;
         self.report.retries += tally.retries;
+    }
+
+    /// Imports the page, if that is what the engine has said is to be done.
+    pub(crate) fn take_up(&self, miss: Miss) -> Result<(), LaunchError> {
+        let Miss { address, access } = miss;
+        if !self.device.is_granted(address) {
+            return Ok(());
+        }
+        let done = if self.kernel.variant == Variant::Stall {
+            Err(ImportFailure::Runs)
+        } else {
+            self.device.import_granted(address, access)
+        };
+        done.map_err(|why| KernelError::NotImported { address, why }.into())
     }
 
     /// A kernel without checks over the page table: what it uses is brought, and does not

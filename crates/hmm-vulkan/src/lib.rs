@@ -26,6 +26,7 @@
 //! One launch at a time. Memory is one allocation, whose size drivers limit (lavapipe:
 //! 2 GiB). Where the device is not the CPU, copies go through staging memory.
 
+mod alias;
 mod area;
 mod buffer;
 mod chunks;
@@ -39,6 +40,7 @@ mod fatal;
 mod footprint;
 mod gate;
 mod gpu;
+mod imports;
 mod instance;
 mod kernel;
 mod launch;
@@ -58,7 +60,8 @@ mod table;
 
 pub use config::{Copies, MAX_KERNELS, MAX_LEAVES, MAX_LOG_ENTRIES, VulkanConfig};
 pub use device::{POISON, VulkanDevice};
-pub use error::{KernelError, LaunchError, VulkanError};
+pub use error::{ImportFailure, KernelError, LaunchError, VulkanError};
+pub use imports::MAX_IMPORTS;
 pub use instance::validation_complaints;
 pub use kernel::{Kernel, KernelCode, Variant};
 pub use launch::RETRY_TIME;

@@ -19,7 +19,7 @@ use crate::gate::Gate;
 use crate::gpu::Gpu;
 use crate::instance::Instance;
 use crate::memory::Memory;
-use crate::physical;
+use crate::physical::{self, ONE_QUEUE};
 use crate::pool::Pool;
 use crate::queue::CopyQueue;
 use crate::staging::Staging;
@@ -28,6 +28,7 @@ use crate::table::Table;
 const DRIVER_THREAD: &str = "hmm-vulkan";
 const COPY_THREAD: &str = "hmm-vulkan-copy";
 const SERVER_THREAD: &str = "hmm-vulkan-miss";
+const EXPEL_THREAD: &str = "hmm-vulkan-exp";
 
 impl VulkanDevice {
     /// Opens a device whose threads are plain ones.
@@ -82,11 +83,23 @@ impl VulkanDevice {
         device.keep(thread);
         if let Some(staging) = device.parts.queue.staging() {
             let parts = &device.parts;
+            let (ready, is_ready) = std::sync::mpsc::channel::<()>();
             let body = move || {
                 block_signals();
-                staging.serve(&parts.gpu, &parts.memory, |fence, error| {
-                    parts.queue.fail(fence, error)
-                });
+                // What copies must not migrate: its heap, nor what the driver's threads
+                // allocate for them.
+                let (before, mut value) = (Footprint::now(), 0);
+                staging.warm_up(&parts.gpu, &mut value);
+                device.exclude_new(&before, true);
+                drop(ready);
+                let counters = device.counters();
+                staging.serve(
+                    &parts.gpu,
+                    &parts.memory,
+                    counters,
+                    value,
+                    |fence, error| parts.queue.fail(fence, error),
+                );
             };
             match spawn(COPY_THREAD, Box::new(body)) {
                 Ok(thread) => device.keep(thread),
@@ -96,6 +109,27 @@ impl VulkanDevice {
                     return Err(error);
                 }
             }
+            // Ends when the other side is dropped. What the program maps in the meantime
+            // would be taken for the driver's.
+            let _: Result<(), _> = is_ready.recv();
+        }
+        if device.imports_memory() {
+            let (ready, is_ready) = std::sync::mpsc::channel::<()>();
+            let body = move || {
+                block_signals();
+                let before = Footprint::now();
+                device.exclude_new(&before, true);
+                drop(ready);
+                device.expel();
+            };
+            match spawn(EXPEL_THREAD, Box::new(body)) {
+                Ok(thread) => device.keep(thread),
+                Err(error) => {
+                    device.close();
+                    return Err(error);
+                }
+            }
+            let _: Result<(), _> = is_ready.recv();
         }
         let body = move || {
             block_signals();
@@ -200,7 +234,8 @@ impl Making {
             .memory
             .as_ref()
             .is_some_and(|memory| memory.buffer.quick_to_read && !memory.buffer.host.is_null());
-        let staged = config.copies == Copies::Queue || !(by_cpu && gpu.physical.description.is_cpu);
+        let staged =
+            config.copies != Copies::Fitting || !(by_cpu && gpu.physical.description.is_cpu);
         let (pool, commands) = gpu.commands(gpu.compute)?;
         let timeline = match gpu.timeline() {
             Ok(timeline) => timeline,
@@ -211,7 +246,11 @@ impl Making {
             }
         };
         let staging = if staged {
-            Some(Staging::new(gpu)?)
+            let imports = config.copies == Copies::QueueImports;
+            Some(Staging::new(
+                gpu,
+                imports && gpu.physical.description.imports_pages(),
+            )?)
         } else {
             None
         };
@@ -221,6 +260,12 @@ impl Making {
             timeline,
         });
         self.staging = staging;
+        if let Some(gpu) = &mut self.gpu
+            && staged
+            && !gpu.physical.description.transfer_queue
+        {
+            gpu.physical.description.no_stall.get_or_insert(ONE_QUEUE);
+        }
         Ok(())
     }
 

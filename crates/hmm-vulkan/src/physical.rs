@@ -3,10 +3,15 @@
 use std::fmt;
 
 use ash::vk;
-use hmm_types::ByteCount;
+use hmm_types::{ByteCount, PAGE_SIZE};
 
 use crate::VulkanError;
+use crate::imports::MAX_IMPORTS;
 use crate::instance::{API, API_NAME, Instance, version_text};
+
+/// Why kernels cannot wait for pages that come by the kernels' own queue.
+pub(crate) const ONE_QUEUE: &str =
+    "it has one queue: a page's copy would wait for the kernel that waits for it";
 
 /// How a pointer of the program becomes one of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +68,8 @@ pub struct Description {
     pub policy_reason: &'static str,
     /// Whether it can use memory of the process (`VK_EXT_external_memory_host`).
     pub imports_host: bool,
+    /// What the address and the size of such memory must be a multiple of.
+    pub import_alignment: ByteCount,
     /// Whether copies have a queue beside the kernels'.
     pub transfer_queue: bool,
     /// Why kernels cannot wait for a page while they run; `None` when they can.
@@ -89,6 +96,22 @@ pub(crate) struct Physical {
     pub(crate) compute: QueueChoice,
     /// The same as `compute` when there is no other.
     pub(crate) copies: QueueChoice,
+}
+
+impl Description {
+    /// Whether it can import single pages of the process.
+    #[must_use]
+    pub fn imports_pages(&self) -> bool {
+        self.imports_host && self.import_alignment <= ByteCount::new(PAGE_SIZE)
+    }
+}
+
+impl Physical {
+    /// How many imports there may be at a time: drivers count allocations.
+    pub(crate) fn most_imports(&self) -> usize {
+        let most = self.limits.max_memory_allocation_count / 2;
+        (most as usize).clamp(1, MAX_IMPORTS)
+    }
 }
 
 /// The Vulkan devices of this machine, usable or not.
@@ -178,6 +201,7 @@ fn examine(instance: &Instance, handle: vk::PhysicalDevice) -> Physical {
             imports_host: extensions.iter().any(|extension| {
                 extension.extension_name_as_c_str() == Ok(ash::ext::external_memory_host::NAME)
             }),
+            import_alignment: ByteCount::new(PAGE_SIZE),
             transfer_queue: copies.is_some() && copies != compute,
             no_stall: None,
             problem: None,
@@ -211,9 +235,13 @@ fn examine(instance: &Instance, handle: vk::PhysicalDevice) -> Physical {
 fn examine_modern(instance: &Instance, physical: &mut Physical, missing: Option<&'static str>) {
     let mut eleven = vk::PhysicalDeviceVulkan11Properties::default();
     let mut twelve = vk::PhysicalDeviceVulkan12Properties::default();
+    let mut host = vk::PhysicalDeviceExternalMemoryHostPropertiesEXT::default();
     let mut properties = vk::PhysicalDeviceProperties2::default()
         .push_next(&mut eleven)
         .push_next(&mut twelve);
+    if physical.description.imports_host {
+        properties = properties.push_next(&mut host);
+    }
     let mut features12 = vk::PhysicalDeviceVulkan12Features::default();
     let mut features = vk::PhysicalDeviceFeatures2::default().push_next(&mut features12);
     // SAFETY: queries that fill the structures chained to them.
@@ -226,6 +254,10 @@ fn examine_modern(instance: &Instance, physical: &mut Physical, missing: Option<
     let description = &mut physical.description;
     let info = text(twelve.driver_info_as_c_str());
     description.driver = format!("{} {info}", text(twelve.driver_name_as_c_str()));
+    if description.imports_host {
+        let alignment = host.min_imported_host_pointer_alignment;
+        description.import_alignment = ByteCount::new(alignment);
+    }
     physical.largest_allocation = eleven.max_memory_allocation_size;
     let vote = vk::SubgroupFeatureFlags::VOTE | vk::SubgroupFeatureFlags::BALLOT;
     if !eleven
@@ -235,8 +267,7 @@ fn examine_modern(instance: &Instance, physical: &mut Physical, missing: Option<
     {
         description.no_stall = Some("its subgroups cannot vote");
     } else if !(description.transfer_queue || description.is_cpu && description.host_visible) {
-        description.no_stall =
-            Some("it has one queue: a page's copy would wait for the kernel that waits for it");
+        description.no_stall = Some(ONE_QUEUE);
     }
     let features = [
         (

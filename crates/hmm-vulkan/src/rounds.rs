@@ -91,7 +91,14 @@ impl Launch<'_> {
         let (misses, done) = self.device.servers().serve(self.device, misses, &mut tally);
         self.misses = misses;
         self.count(tally);
-        done.map(|()| served)
+        done?;
+        // Imports are this thread's, as it is the driver's.
+        if self.device.imports_memory() {
+            for miss in &self.misses {
+                self.take_up(*miss)?;
+            }
+        }
+        Ok(served)
     }
 
     /// What kernels have missed since the last time; from now on it is logged anew.

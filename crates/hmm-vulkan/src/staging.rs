@@ -18,6 +18,7 @@ use crate::buffer::{Buffer, Use};
 use crate::gpu::Gpu;
 use crate::memory::Memory;
 use crate::queue::{frames_of, pointer};
+use crate::stats::Counters;
 
 /// Submissions that wait; who comes then waits too.
 const RING: usize = 64;
@@ -25,6 +26,8 @@ const RING: usize = 64;
 const TRANSFERS: usize = 32;
 /// Bytes that go through staging at a time.
 const STAGING_BYTES: u64 = 4 << 20;
+/// Less than this is not worth an import.
+const IMPORTED_BYTES: u64 = 64 << 10;
 /// How long to sleep at a time before looking again; nobody relies on it.
 const NAP: Duration = Duration::from_millis(200);
 /// How long one copy may take before the device counts as lost.
@@ -60,13 +63,15 @@ pub(crate) struct Staging {
     /// The thread has ended, with all that was submitted done.
     ended: AtomicBool,
     buffer: Buffer,
+    /// What goes to the device is read where it is.
+    imports: bool,
     pool: vk::CommandPool,
     commands: vk::CommandBuffer,
     timeline: vk::Semaphore,
 }
 
 impl Staging {
-    pub(crate) fn new(gpu: &Gpu) -> Result<Self, VulkanError> {
+    pub(crate) fn new(gpu: &Gpu, imports: bool) -> Result<Self, VulkanError> {
         let buffer = Buffer::new(gpu, STAGING_BYTES, Use::Staging)?;
         let rest = gpu.commands(gpu.copies).and_then(|(pool, commands)| {
             let timeline = gpu.timeline().inspect_err(|_| {
@@ -103,6 +108,7 @@ impl Staging {
             closed: AtomicBool::new(false),
             ended: AtomicBool::new(false),
             buffer,
+            imports,
             pool,
             commands,
             timeline,
@@ -150,14 +156,26 @@ impl Staging {
         Ok(())
     }
 
+    /// The thread's first copy, of nothing in particular: what it and the driver allocate
+    /// for one is there from now on.
+    pub(crate) fn warm_up(&self, gpu: &Gpu, value: &mut u64) {
+        let whole = (self.buffer.handle, 0);
+        // If it fails, so will the first that matters, which says so.
+        let _ = self.execute(gpu, value, |device, commands| {
+            // SAFETY: the commands are being recorded; the range lies in the buffer.
+            unsafe { device.cmd_fill_buffer(commands, whole.0, whole.1, STAGING_BYTES, 0) };
+        });
+    }
+
     /// Body of the thread. `failed` keeps a failure until it is asked for.
     pub(crate) fn serve(
         &self,
         gpu: &Gpu,
         memory: &Memory,
+        counters: &Counters,
+        mut value: u64,
         failed: impl Fn(u64, DeviceError) -> Result<(), DeviceError>,
     ) {
-        let mut value = 0;
         // Once the device is lost, a copy may be under way for ever: nothing goes
         // through the staging memory any more.
         let mut lost = false;
@@ -179,7 +197,7 @@ impl Staging {
                 let done = if lost {
                     Err(vk::Result::ERROR_DEVICE_LOST)
                 } else {
-                    self.transfer(gpu, memory, *transfer, &mut value)
+                    self.transfer(gpu, memory, counters, *transfer, &mut value)
                 };
                 if let Err(result) = done {
                     lost |= result == vk::Result::ERROR_DEVICE_LOST;
@@ -205,6 +223,7 @@ impl Staging {
         &self,
         gpu: &Gpu,
         memory: &Memory,
+        counters: &Counters,
         transfer: Transfer,
         value: &mut u64,
     ) -> Result<(), vk::Result> {
@@ -224,6 +243,26 @@ impl Staging {
             match transfer {
                 Transfer::ToDevice { host, .. } => {
                     let from = pointer(host).wrapping_add(offset);
+                    if len >= IMPORTED_BYTES && self.imports {
+                        // SAFETY: the trait's contract for host memory: it is there, whole
+                        // pages, and left alone until the fence, which is later.
+                        let imported = unsafe { Buffer::import(gpu, from, len, Use::Staging) };
+                        if let Ok(buffer) = imported {
+                            let done = self.execute(gpu, value, |device, commands| {
+                                copy(device, commands, (buffer.handle, 0), frames_part, len);
+                            });
+                            // One that may still be under way keeps it.
+                            if done != Err(vk::Result::ERROR_DEVICE_LOST) {
+                                // SAFETY: the copy has ended or never begun, and nobody
+                                // else knows the buffer.
+                                unsafe { buffer.destroy(gpu) };
+                            }
+                            done?;
+                            counters.copies_imported.add(1);
+                            at += len;
+                            continue;
+                        }
+                    }
                     // SAFETY: the trait's contract for host memory; staging is this
                     // thread's, mapped, and no copy uses it now.
                     unsafe { ptr::copy_nonoverlapping(from, staging, bytes) };

@@ -20,6 +20,10 @@ pub(crate) struct Counters {
     pub(crate) bytes_to_host: Count,
     pub(crate) bytes_zeroed: Count,
     pub(crate) failures_injected: Count,
+    pub(crate) imports: Count,
+    pub(crate) import_failures: Count,
+    pub(crate) bytes_imported: Count,
+    pub(crate) copies_imported: Count,
 }
 
 /// A snapshot of what the device has counted since it was opened.
@@ -52,6 +56,16 @@ pub struct VulkanStats {
     pub bytes_zeroed: u64,
     /// Failures that were injected.
     pub failures_injected: u64,
+    /// Pieces of system memory imported for use in place.
+    pub imports: u64,
+    /// Pages that could not be.
+    pub import_failures: u64,
+    /// Bytes of those pieces.
+    pub bytes_imported: u64,
+    /// Pieces that are imported now.
+    pub imported_now: u64,
+    /// Pieces of copies that were imported instead of going through staging memory.
+    pub copies_imported: u64,
     /// Leaves of the page table in use: GiBs in which something is, or was, mapped.
     pub leaves: u64,
     /// Ranges of the driver's that are excluded from migration.
@@ -76,6 +90,10 @@ impl Counters {
             bytes_to_host: self.bytes_to_host.get(),
             bytes_zeroed: self.bytes_zeroed.get(),
             failures_injected: self.failures_injected.get(),
+            imports: self.imports.get(),
+            import_failures: self.import_failures.get(),
+            bytes_imported: self.bytes_imported.get(),
+            copies_imported: self.copies_imported.get(),
             ..VulkanStats::default()
         }
     }

@@ -45,3 +45,21 @@ mod by_queue {
 
     hmm_conformance::conformance_tests!(open);
 }
+
+/// The same, with memory in place and with copies that are imported.
+mod importing {
+    use hmm_conformance::Setting;
+    use hmm_vulkan::{Copies, Variant};
+
+    use crate::common::Tested;
+
+    fn open(setting: Setting) -> Result<&'static Tested, String> {
+        Tested::open(setting, Variant::Checked, |config| {
+            config.copies = Copies::QueueImports;
+            config.own_memory = false;
+            config.import_memory = true;
+        })
+    }
+
+    hmm_conformance::conformance_tests!(open);
+}

@@ -47,10 +47,11 @@ static HEAP: Watched = Watched;
 
 #[test]
 fn the_device_trait_never_uses_the_heap() {
-    for copies in [Copies::Fitting, Copies::Queue] {
+    for copies in [Copies::Fitting, Copies::Queue, Copies::QueueImports] {
         let mut config = VulkanConfig::new(ByteCount::mib(16));
         config.copies = copies;
         config.poison_freed = true;
+        config.import_memory = copies == Copies::QueueImports;
         let device = device!(config);
         the_trait_without_heap(device);
         device.close();
