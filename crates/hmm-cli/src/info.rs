@@ -133,11 +133,25 @@ fn vulkan_device(device: hmm::VulkanDescription) -> Vec<Line> {
         None => "kernels wait for them, or begin again".to_owned(),
         Some(why) => format!("kernels begin again; they cannot wait ({why})"),
     };
+    let in_place = if device.imports_pages() {
+        format!(
+            "can be (imports, aligned to {}), where it is mapped as shared",
+            device.import_alignment
+        )
+    } else if device.imports_host {
+        format!(
+            "no: it imports only what is aligned to {}",
+            device.import_alignment
+        )
+    } else {
+        "no: it does not import any (VK_EXT_external_memory_host)".to_owned()
+    };
     let (driver, api, memory) = (device.driver, device.api, device.memory);
     vec![
         Line::good(&what, format!("{driver}, Vulkan {api}, {memory}")),
         Line::good("  its pointers", policy),
         Line::good("  pages that are missing", waits),
+        Line::good("  memory used in place", in_place),
     ]
 }
 

@@ -95,9 +95,10 @@ pub use hmm_types::{
     RangeError, StayReason, VirtAddr,
 };
 pub use hmm_vulkan::{
-    AddressPolicy, Choice as VulkanChoice, Demand, Description as VulkanDescription,
+    AddressPolicy, Choice as VulkanChoice, Copies as VulkanCopies, Demand,
+    Description as VulkanDescription, ImportFailure, KernelError as VulkanKernelError,
     LaunchError as LaunchVulkanError, LaunchReport as VulkanReport, Program, ProgramOptions,
-    VulkanError, VulkanStats, list as list_vulkan,
+    VulkanError, VulkanStats, list as list_vulkan, validation_complaints as vulkan_complaints,
 };
 
 /// Engine memory in use: everything that the engine and its software devices

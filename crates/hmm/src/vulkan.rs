@@ -3,7 +3,7 @@
 use hmm_core::Destination;
 use hmm_hal::Device;
 use hmm_types::{Access, ByteCount, DeviceId, PageRange, VirtAddr};
-use hmm_vulkan::{Choice, Description, LaunchReport, Program, VulkanConfig, VulkanStats};
+use hmm_vulkan::{Choice, Copies, Description, LaunchReport, Program, VulkanConfig, VulkanStats};
 
 use crate::embed::{Faults, InEngine};
 use crate::host::Host;
@@ -30,6 +30,31 @@ impl<'a> VulkanOptions<'a> {
     pub const fn device(mut self, choice: Choice<'a>) -> Self {
         self.0.device = choice;
         self
+    }
+
+    /// Let programs use in place what never migrates and is mapped as shared: files and
+    /// shared memory. It is imported for each launch (`VK_EXT_external_memory_host`); where
+    /// the driver cannot, its use is an error, as without this. What that promises is in
+    /// `docs/vulkan.md`.
+    #[must_use]
+    pub const fn in_place(mut self, on: bool) -> Self {
+        self.0.import_memory = on;
+        self
+    }
+
+    /// Who copies pages to the device and back.
+    #[must_use]
+    pub const fn copies(mut self, copies: Copies) -> Self {
+        self.0.copies = copies;
+        self
+    }
+
+    /// Where the device is the CPU, treat it as one that is not: its memory is the
+    /// driver's, and its queue copies. For tests.
+    #[must_use]
+    pub const fn like_a_gpu(mut self) -> Self {
+        self.0.own_memory = false;
+        self.copies(Copies::Queue)
     }
 
     /// Overwrite frames when they are freed, so that a use after free shows: for tests.
