@@ -82,8 +82,8 @@ impl Footprint {
         let mut found: Vec<[u64; 2]> = Vec::new();
         let mut shares_heap = true;
         for &[start, end] in &after {
-            // A heap of its own begins at a multiple of its size.
-            let heap = start.is_multiple_of(HEAP);
+            // A heap of its own begins at a multiple of its size, and holds all of that.
+            let heap = start.is_multiple_of(HEAP) && is_held(maps, end, start + HEAP);
             if (start..end).contains(&heap_of_thread) {
                 shares_heap = !heap;
                 if heap {
@@ -135,6 +135,19 @@ fn writable(maps: &str) -> Vec<[u64; 2]> {
         (anonymous || access.get(1) == Some(&b'w')).then_some([address(start)?, address(end)?])
     };
     maps.lines().filter_map(parse).collect()
+}
+
+/// Whether address space is held from one address to the other, and of no use yet.
+fn is_held(maps: &str, from: u64, upto: u64) -> bool {
+    let holds = |line: &str| {
+        let (start, rest) = line.split_once('-')?;
+        let (end, access) = rest.split_once(' ')?;
+        let address = |hex| u64::from_str_radix(hex, 16).ok();
+        // What follows may have become one mapping with it.
+        let whole = address(start)? == from && address(end)? >= upto;
+        Some(whole && access.starts_with("---p"))
+    };
+    from >= upto || maps.lines().any(|line| holds(line) == Some(true))
 }
 
 /// The threads of this process.
@@ -196,7 +209,8 @@ mod tests {
         let before = "1000-3000 r-xp 0 0:0 0 /lib/x\n5000-8000 rw-p 0 0:0 0\n";
         let after = "1000-3000 r-xp 0 0:0 0 /lib/x\n4000-9000 rw-p 0 0:0 0\n\
                      a000-b000 r--p 0 0:0 0\nc000-d000 rw-p 0 0:0 0 [stack]\n\
-                     40000000-42000000 rw-p 0 0:0 0\n";
+                     40000000-42000000 rw-p 0 0:0 0\n42000000-44000000 ---p 0 0:0 0\n\
+                     48000000-48001000 rw-p 0 0:0 0\n";
         let footprint = Footprint {
             writable: writable(before),
             threads: Vec::new(),
@@ -211,7 +225,9 @@ mod tests {
         ];
         assert_eq!(taken.ranges[..4], small);
         // A heap counts as a whole, what of it is not yet in use too.
-        assert_eq!(taken.ranges[4..], [range(0x4000_0000, 0x4400_0000)]);
+        assert_eq!(taken.ranges[4], range(0x4000_0000, 0x4400_0000));
+        // What lies like one and is none is not followed by more of it.
+        assert_eq!(taken.ranges[5..], [range(0x4800_0000, 0x4800_1000)]);
     }
 
     #[test]
@@ -231,7 +247,8 @@ mod tests {
             }
         );
         // Large pieces are not a compiler's.
-        let more = "40001000-48000000 rw-p 0 0:0 0\n80000000-80021000 rw-p 0 0:0 0\n";
+        let more = "40001000-48000000 rw-p 0 0:0 0\n80000000-80021000 rw-p 0 0:0 0\n\
+                    80021000-84001000 ---p 0 0:0 0\n";
         assert_eq!(footprint.compare(more, 0x8000_0010, true).ranges.len(), 1);
         assert_eq!(footprint.compare(more, 0x8000_0010, false).ranges.len(), 2);
     }

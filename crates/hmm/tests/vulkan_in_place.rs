@@ -133,12 +133,12 @@ fn shared(file: &File, pages: usize) -> Map {
     Map::with(pages, READ_WRITE, libc::MAP_SHARED, file.as_raw_fd())
 }
 
-/// Nothing is imported, and all memory of the device is free.
+/// Nothing is imported. (A fault's neighbours may still be on the device: also what is not
+/// the test's.)
 fn end(hmm: Hmm, device: &VulkanDevice) {
     let stats = device.stats();
     println!("{stats:?}");
     assert_eq!(stats.imported_now, 0);
-    assert_eq!(device.free_memory(), device.memory());
     hmm.shutdown().unwrap();
     // The shaders are of a newer SPIR-V than Vulkan 1.2's, and declare what they do not use:
     // no matter of this test.
