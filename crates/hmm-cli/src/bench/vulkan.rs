@@ -26,6 +26,8 @@ const ADDED: ByteCount = ByteCount::mib(255);
 /// Chains that are followed at the same time, and how far.
 const CHAINS: u32 = 64;
 const HOPS: u32 = 4000;
+/// Words of an area of chains before its first node: heads and ends. 2 MiB.
+const BOARD: usize = 1 << 18;
 /// Words from one node of a chain to the next one in memory: 64 KiB.
 const FAR: usize = 8192;
 /// Words between nodes that are all on the device: a cache line.
@@ -197,48 +199,67 @@ pub fn cold() -> anyhow::Result<Outcome> {
     ]))
 }
 
-/// Chains of pointers through an area: where each begins, and where it ends.
+/// Chains of pointers through an area. Its first part is the board: where each chain
+/// begins, and where it ended. All in one area, so that all is at one distance.
 struct Chains {
     area: Area,
-    /// Heads, ends and nothing else.
-    board: Area,
     step: usize,
+    /// The nodes in the order of the one cycle that they are linked to.
+    order: Vec<usize>,
 }
 
 impl Chains {
     /// Nodes `step` words apart in one random cycle.
     fn new(step: usize) -> anyhow::Result<Self> {
+        let area = Area::new(SIZE, false)?;
+        let nodes = (area.words().len() - BOARD) / step;
         let mut chains = Self {
-            area: Area::new(SIZE, false)?,
-            board: Area::new(ByteCount::mib(2), false)?,
+            area,
             step,
+            order: shuffled(nodes, 0x51ED),
         };
         chains.link(0);
         Ok(chains)
     }
 
+    /// The address that a place in the order stands for, as the device has it.
+    fn address(&self, place: usize, distance: u64) -> u64 {
+        let word = self.word(place) as u64;
+        let base = self.area.range().start().get();
+        base.wrapping_add(distance).wrapping_add(word * 8)
+    }
+
+    fn word(&self, place: usize) -> usize {
+        BOARD + self.order[place % self.order.len()] * self.step
+    }
+
+    /// Where in the order a chain begins.
+    fn first(&self, chain: usize) -> usize {
+        chain * (self.order.len() / CHAINS as usize)
+    }
+
     /// Links all nodes; `distance` is added to all pointers.
     fn link(&mut self, distance: u64) {
-        let base = self.area.range().start().get().wrapping_add(distance);
-        let step = self.step;
-        let words = self.area.words_mut();
-        let order = shuffled(words.len() / step, 0x51ED);
-        let address = |node: usize| base + (node * step * 8) as u64;
-        for pair in order.windows(2) {
-            words[pair[0] * step] = address(pair[1]);
+        for place in 0..self.order.len() {
+            let (word, next) = (self.word(place), self.address(place + 1, distance));
+            self.area.words_mut()[word] = next;
         }
-        words[order[order.len() - 1] * step] = address(order[0]);
-        let apart = order.len() / CHAINS as usize;
-        for (chain, head) in self.board.words_mut()[..CHAINS as usize]
-            .iter_mut()
-            .enumerate()
-        {
-            *head = address(order[chain * apart]);
+        for chain in 0..CHAINS as usize {
+            let head = self.address(self.first(chain), distance);
+            self.area.words_mut()[chain] = head;
         }
+        self.area.words_mut()[CHAINS as usize..BOARD].fill(0);
+    }
+
+    /// Whether all chains have been followed to where they end.
+    fn ends_are_right(&self, distance: u64) -> bool {
+        let ends = &self.area.words()[CHAINS as usize..];
+        (0..CHAINS as usize)
+            .all(|chain| ends[chain] == self.address(self.first(chain) + HOPS as usize, distance))
     }
 
     fn push(&self, distance: u64) -> [u8; 24] {
-        let heads = self.board.range().start().get().wrapping_add(distance);
+        let heads = self.area.range().start().get().wrapping_add(distance);
         push([heads, heads + u64::from(CHAINS) * 8], [CHAINS, HOPS])
     }
 }
@@ -255,31 +276,22 @@ pub fn chase() -> anyhow::Result<Outcome> {
     for round in 0..=ROUNDS {
         chains.link(0);
         to(&hmm, &chains.area, Some(device.id()))?;
-        let uses = |area: &Area| {
-            let words: *const [u64] = area.words();
-            Used::write(words.cast_mut())
-        };
-        let used: Vec<Used> = [&chains.area, &chains.board]
-            .map(uses)
-            .into_iter()
-            .flatten()
-            .collect();
+        let words: *const [u64] = chains.area.words();
+        let used: Vec<Used> = Used::write(words.cast_mut()).into_iter().collect();
         let named = device.launch_with(&program, [1, 1, 1], &chains.push(0), &used)?;
         let value = seconds(device.launch(&program, [1, 1, 1], &chains.push(0)))?;
-        let Some(distance) = named.distance else {
-            return Ok(Outcome::Skipped(
-                "the areas' frames are at two distances".to_owned(),
-            ));
-        };
+        ensure!(chains.ends_are_right(0), "a chain ends elsewhere");
+        let distance = named.distance.unwrap_or(0);
+        ensure!(distance != 0, "the area's frames do not lie together");
         // The same chains of the device's own addresses, at the same frames.
         chains.link(distance);
         to(&hmm, &chains.area, Some(device.id()))?;
-        to(&hmm, &chains.board, Some(device.id()))?;
-        let floor = seconds(shader::launch_plain(
-            &program,
-            [1, 1, 1],
-            &chains.push(distance),
-        ))?;
+        let floor = shader::launch_plain(&program, [1, 1, 1], &chains.push(distance));
+        let floor = seconds(floor)?;
+        ensure!(
+            chains.ends_are_right(distance),
+            "a chain of the device's own addresses ends elsewhere"
+        );
         if round > 0 {
             pairs.add(floor, value);
         }
