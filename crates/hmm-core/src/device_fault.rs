@@ -252,8 +252,7 @@ impl Engine<'_> {
 
     /// The pages that a fault takes along.
     fn device_window(&self, address: VirtAddr) -> PageRange {
-        let plan = self.device_readahead.plan(address);
-        let (from, upto) = Plan::addresses((plan.now.0, plan.now.1.max(plan.ahead.1)));
+        let (from, upto) = Plan::addresses(self.device_readahead.plan_whole(address));
         PageRange::span(
             from.max(VirtAddr::new(hmm_types::PAGE_SIZE)),
             upto.min(VirtAddr::new(USER_END)),

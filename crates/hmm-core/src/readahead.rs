@@ -89,6 +89,25 @@ impl Readahead {
         self.plan_for(address, true)
     }
 
+    /// Plans for whoever waits until all of the window has come: its page numbers, end
+    /// not included.
+    ///
+    /// A page of a window that has come is missed again when it had to make room. That
+    /// is no reader who goes on, and a larger window would take away even more of what
+    /// is used together with the page: it comes with its granule only.
+    pub(crate) fn plan_whole(&self, address: VirtAddr) -> (u64, u64) {
+        let page = address.page_number();
+        let came = |stream: &Stream| {
+            stream.window > 0 && page < stream.next && page + 2 * stream.window >= stream.next
+        };
+        if self.enabled && self.streams.lock().0.iter().any(came) {
+            let start = page / self.granule * self.granule;
+            return (start, start + self.granule);
+        }
+        let plan = self.plan(address);
+        (plan.now.0, plan.now.1.max(plan.ahead.1))
+    }
+
     fn plan_for(&self, address: VirtAddr, under_way: bool) -> Plan {
         let page = address.page_number();
         let start = page / self.granule * self.granule;
@@ -146,6 +165,25 @@ mod tests {
 
     fn at(page: u64) -> VirtAddr {
         VirtAddr::new(page * PAGE_SIZE)
+    }
+
+    #[test]
+    fn what_made_room_and_is_missed_again_takes_less_along() {
+        let readahead = Readahead::new(64, DEVICE_WINDOW, true);
+        let mut next = readahead.plan_whole(at(0)).1;
+        assert_eq!(next, 64);
+        for _ in 0..8 {
+            let (from, upto) = readahead.plan_whole(at(next));
+            assert!(from <= next && upto > next + 64, "{from} to {upto}");
+            next = upto;
+        }
+        // Three pages take turns, far from each other.
+        for page in [next - 1, 1 << 20, 1 << 30].repeat(10) {
+            let (from, upto) = readahead.plan_whole(at(page));
+            assert_eq!((from, upto), (page / 64 * 64, page / 64 * 64 + 64));
+        }
+        // The reader goes on where it was.
+        assert!(readahead.plan_whole(at(next)).1 > next + 64);
     }
 
     #[test]
