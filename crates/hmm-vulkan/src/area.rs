@@ -126,13 +126,19 @@ impl Area {
         }
     }
 
-    /// No invocation of the first so many is done.
-    pub(crate) fn clear_done(&self, invocations: u64) {
+    /// The done bits of the first so many invocations.
+    pub(crate) fn done(&self, invocations: u64) -> &[AtomicU32] {
         let words = invocations.div_ceil(32).min(DONE_WORDS as u64);
         #[allow(clippy::cast_possible_truncation, reason = "2^15 at most")]
-        for word in 0..words as usize {
-            // SAFETY: there are that many words, used as atomics by both sides.
-            let word = unsafe { &*self.place(DONE).host.cast::<AtomicU32>().add(word) };
+        let words = words as usize;
+        // SAFETY: there are that many words, used as atomics by both sides; they stay as
+        // long as the area.
+        unsafe { std::slice::from_raw_parts(self.place(DONE).host.cast::<AtomicU32>(), words) }
+    }
+
+    /// No invocation of the first so many is done.
+    pub(crate) fn clear_done(&self, invocations: u64) {
+        for word in self.done(invocations) {
             word.store(0, Ordering::Relaxed);
         }
     }

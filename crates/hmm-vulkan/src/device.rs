@@ -435,7 +435,9 @@ impl VulkanDevice {
         let run = pick(&mut frames);
         self.free
             .store(u64::from(frames.free_frames()), Ordering::Relaxed);
-        run.ok_or(DeviceError::OutOfMemory)
+        let run = run.ok_or(DeviceError::OutOfMemory)?;
+        self.counters.frames_taken.add(u64::from(run.count()));
+        Ok(run)
     }
 
     /// Pages of the window of memory that frames are chosen in: whole blocks, so that

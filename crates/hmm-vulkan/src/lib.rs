@@ -40,6 +40,7 @@ mod fatal;
 mod footprint;
 mod gate;
 mod gpu;
+mod held;
 mod imports;
 mod instance;
 mod kernel;

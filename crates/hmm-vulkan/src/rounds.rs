@@ -3,7 +3,8 @@
 //! The grid is cut into short dispatches. Each is repeated until nothing is unfinished:
 //! the misses that it logged are served in between, while nothing runs, so that the
 //! engine may unmap whatever it wants meanwhile. Invocations that are done have set their
-//! bit, and do nothing in a repetition.
+//! bit, and do nothing in a repetition. Where pages go as fast as they come, fewer
+//! invocations run at a time (`held.rs`).
 
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -12,6 +13,7 @@ use hmm_types::VirtAddr;
 
 use crate::chunks::{Chunk, Chunks};
 use crate::config::DISPATCH_INVOCATIONS;
+use crate::held::Held;
 use crate::launch::{Launch, Tally};
 use crate::log::Miss;
 use crate::{KernelError, LaunchError};
@@ -45,25 +47,44 @@ impl Launch<'_> {
     fn repeat(&mut self, chunk: Chunk) -> Result<(), LaunchError> {
         // An invocation may fault once for each page that the device can hold; when the
         // engine has been asked twice as often, pages go as fast as they come.
-        let most = 2 * u64::from(self.device.frames()) + 1024;
+        let frames = u64::from(self.device.frames());
+        let most = 2 * frames + 1024;
+        let invocations = chunk.count() * self.kernel.invocations();
+        let mut held = Held::none();
         let (mut left, mut rounds, mut silent) = (u32::MAX, 0, 0);
+        let taken = &self.device.counters().frames_taken;
+        let mut taken_before = taken.get();
         loop {
             let control = self.device.control();
             let unfinished = control.unfinished.load(Ordering::SeqCst);
             let torn = control.torn.load(Ordering::SeqCst);
             if unfinished == 0 && torn == 0 {
-                return Ok(());
+                if !held.release(self.device.area().done(invocations)) {
+                    return Ok(());
+                }
+                (left, rounds, silent, taken_before) = (u32::MAX, 0, 0, taken.get());
+                self.go_on()?;
+                self.report.repeats += 1;
+                self.dispatch(chunk)?;
+                continue;
             }
             if torn > 0 {
                 let invocations = unfinished;
                 return Err(KernelError::GaveUp { invocations, torn }.into());
             }
             self.go_on()?;
-            let served = self.serve_log()?;
             if unfinished < left {
-                (left, rounds) = (unfinished, 0);
+                (left, rounds, taken_before) = (unfinished, 0, taken.get());
             }
+            let full = taken_before + frames;
+            let served = self.serve_log(full)?;
             rounds += 1;
+            // The last pages took the place of the first, and nobody has ended by them.
+            if taken.get() > full
+                && let Some(running) = held.halve(self.device.area().done(invocations), invocations)
+            {
+                (left, rounds, taken_before) = (running, 0, taken.get());
+            }
             silent = if served.asked { 0 } else { silent + 1 };
             if silent > SILENT_LIMIT {
                 let error = KernelError::Silent {
@@ -81,14 +102,17 @@ impl Launch<'_> {
         }
     }
 
-    fn serve_log(&mut self) -> Result<Served, LaunchError> {
+    /// Until the device has handed out so many frames: more pages would only take the
+    /// place of those that have just come. What is left is logged again.
+    fn serve_log(&mut self, full: u64) -> Result<Served, LaunchError> {
         let misses = self.read_log(false);
         let served = Served {
             asked: !misses.is_empty(),
             last: misses.last().map_or(VirtAddr::new(0), |miss| miss.address),
         };
         let mut tally = Tally::new();
-        let (misses, done) = self.device.servers().serve(self.device, misses, &mut tally);
+        let servers = self.device.servers();
+        let (misses, done) = servers.serve(self.device, misses, full, &mut tally);
         self.misses = misses;
         self.count(tally);
         done?;

@@ -32,6 +32,8 @@ struct Work {
     misses: hmm_mem::Vec<Miss>,
     /// The first that nobody has taken.
     next: usize,
+    /// None is served any more when so many frames have been handed out.
+    full: u64,
     /// The second thread is serving some.
     helps: bool,
     /// What it has counted, and the first error of either.
@@ -63,6 +65,7 @@ impl Servers {
                 Work {
                     misses: hmm_mem::vec(),
                     next: 0,
+                    full: 0,
                     helps: false,
                     tally: Tally::new(),
                     error: None,
@@ -74,17 +77,23 @@ impl Servers {
         }
     }
 
-    /// Has misses served, and gives the list back.
+    /// Has misses served, until the device has handed out so many frames; gives the list
+    /// back.
     pub(crate) fn serve(
         &self,
         device: &'static VulkanDevice,
         mut misses: hmm_mem::Vec<Miss>,
+        full: u64,
         tally: &mut Tally,
     ) -> (hmm_mem::Vec<Miss>, Result<(), LaunchError>) {
         if misses.len() < WORTH || !self.runs.load(Ordering::Relaxed) {
-            let served = misses
-                .iter()
-                .try_for_each(|miss| bring(device, *miss, tally).map(|_| ()));
+            let mut served = Ok(());
+            for miss in &misses {
+                served = bring(device, *miss, tally).map(|_| ());
+                if served.is_err() || is_full(device, full) {
+                    break;
+                }
+            }
             return (misses, served);
         }
         misses.sort_unstable_by_key(|miss| miss.address);
@@ -92,6 +101,7 @@ impl Servers {
             let mut work = self.work.lock();
             work.misses = misses;
             work.next = 0;
+            work.full = full;
         }
         self.changed.notify_all();
         self.take_part(device, tally);
@@ -108,6 +118,7 @@ impl Servers {
 
     /// Serves misses until all are taken, or one cannot be served.
     fn take_part(&self, device: &'static VulkanDevice, tally: &mut Tally) {
+        let full = self.work.lock().full;
         let mut share = Share { next: 0, end: 0 };
         let mut hand = [Miss::NONE; HANDFUL];
         loop {
@@ -116,10 +127,13 @@ impl Servers {
                 return;
             }
             for miss in &hand[..taken] {
-                if let Err(error) = bring(device, *miss, tally) {
+                let brought = bring(device, *miss, tally);
+                if brought.is_err() || is_full(device, full) {
                     let mut work = self.work.lock();
                     work.next = work.misses.len();
-                    work.error.get_or_insert(error);
+                    if let Err(error) = brought {
+                        work.error.get_or_insert(error);
+                    }
                     return;
                 }
             }
@@ -176,6 +190,11 @@ impl Servers {
             std::thread::sleep(Duration::from_micros(100));
         }
     }
+}
+
+/// Whether more pages would only take the place of those that have just come.
+fn is_full(device: &VulkanDevice, full: u64) -> bool {
+    device.counters().frames_taken.get() > full
 }
 
 /// Where the stretch that an address is in ends.

@@ -24,6 +24,8 @@ pub(crate) struct Counters {
     pub(crate) import_failures: Count,
     pub(crate) bytes_imported: Count,
     pub(crate) copies_imported: Count,
+    /// Frames handed out.
+    pub(crate) frames_taken: Count,
 }
 
 /// A snapshot of what the device has counted since it was opened.

@@ -176,6 +176,42 @@ fn a_kernel_that_can_never_have_its_pages_is_ended() {
     tested.close();
 }
 
+/// All invocations together need many times the device's memory, each of them half of it.
+#[test]
+fn invocations_that_fit_one_by_one_all_end() {
+    const CHAINS: usize = 200;
+    const HOPS: usize = 6;
+    let mut config = config(1);
+    config.memory = ByteCount::kib(64);
+    let device = device!(config);
+    let tested = Tested::new(device, Variant::Checked);
+    let engine = Engine::new(tested, CHAINS * HOPS + 2);
+    let (starts, into) = (CHAINS * HOPS * WORDS, (CHAINS * HOPS + 1) * WORDS);
+    // A node a page, those of a chain far from each other.
+    let node = |chain: usize, hop: usize| (hop * CHAINS + chain) * WORDS;
+    for chain in 0..CHAINS {
+        let address = |hop| engine.address(node(chain, hop)).get();
+        engine.home.write(starts + chain, address(0));
+        for hop in 1..HOPS {
+            engine.home.write(node(chain, hop - 1), address(hop));
+        }
+        engine.home.write(node(chain, HOPS - 1), chain as u64 * 7);
+    }
+    let chase = Operation::Chase {
+        starts: engine.address(starts),
+        chains: CHAINS as u64,
+        hops: HOPS as u64,
+        into: engine.address(into),
+    };
+    let report = tested.launch(chase).unwrap();
+    println!("{report:?}");
+    engine.evict_all();
+    for chain in 0..CHAINS {
+        assert_eq!(engine.home.read(into + chain), chain as u64 * 7);
+    }
+    tested.close();
+}
+
 /// A kernel that runs for ever is told to stop, and does; the device goes on.
 #[test]
 fn a_runaway_kernel_is_stopped() {
