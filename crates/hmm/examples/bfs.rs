@@ -211,6 +211,7 @@ fn search_on(
         levels.push(Level {
             vertices: 0,
             dispatches: report.dispatches,
+            repeats: report.repeats,
             pages_to_device: after.pages_to_device - before.pages_to_device,
             evicted_pages: after.evicted_pages - before.evicted_pages,
             elapsed,

@@ -11,6 +11,7 @@ const THIRD: u16 = 62_259;
 
 /// An undirected graph in compressed rows: the neighbours of vertex `v` are
 /// `edges[offsets[v]..offsets[v + 1]]`.
+#[derive(Debug)]
 pub struct Graph {
     pub offsets: Vec<u64>,
     pub edges: Vec<u32>,

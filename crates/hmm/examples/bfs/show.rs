@@ -10,16 +10,20 @@ use serde_json::{Value, json};
 const BAR: f64 = 30.0;
 
 /// One launch.
+#[derive(Debug)]
 pub struct Level {
     /// Vertices that are at this level: those whose neighbours it looked at.
     pub vertices: u64,
     pub dispatches: u64,
+    /// Those of them that ran invocations again whose pages had been missing.
+    pub repeats: u64,
     pub pages_to_device: u64,
     pub evicted_pages: u64,
     pub elapsed: Duration,
 }
 
 /// All that happened.
+#[derive(Debug)]
 pub struct Outcome {
     pub vertices: u32,
     pub edges: u64,
@@ -116,6 +120,7 @@ impl Outcome {
             json!({
                 "vertices": level.vertices,
                 "dispatches": level.dispatches,
+                "repeats": level.repeats,
                 "pages_to_device": level.pages_to_device,
                 "evicted_pages": level.evicted_pages,
                 "elapsed_s": level.elapsed.as_secs_f64(),
