@@ -12,8 +12,8 @@ use std::time::Instant;
 
 use clap::Parser;
 use hmm::{
-    ByteCount, Demand, Hmm, Program, ProgramOptions, VulkanChoice, VulkanDevice, VulkanError,
-    VulkanOptions,
+    ByteCount, Demand, Hmm, LaunchVulkanError, Program, ProgramOptions, VulkanChoice, VulkanDevice,
+    VulkanError, VulkanOptions,
 };
 
 #[path = "bfs/graph.rs"]
@@ -93,6 +93,9 @@ fn main() -> ExitCode {
 
 /// What to do about an error.
 fn advice(error: &(dyn Error + 'static)) -> Option<&'static str> {
+    if let Some(LaunchVulkanError::Kernel(_)) = error.downcast_ref() {
+        return Some("If the device has too little memory: --device-memory gives it more.");
+    }
     match error.downcast_ref::<hmm::Error>()? {
         hmm::Error::Vulkan(
             VulkanError::NoLoader { .. }

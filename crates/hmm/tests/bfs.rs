@@ -45,7 +45,7 @@ fn finds_what_the_cpu_finds() {
 fn a_device_that_is_not_there_is_an_error() {
     let _dog = watchdog("bfs", 50);
     let options = options(&["--scale=4", "--device=no such device"]).unwrap();
-    let error = bfs::search(&options).err().expect("an error");
+    let error = bfs::search(&options).expect_err("there is none");
     assert!(
         matches!(error.downcast_ref(), Some(hmm::Error::Vulkan(_))),
         "{error}"
