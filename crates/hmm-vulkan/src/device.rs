@@ -435,9 +435,7 @@ impl VulkanDevice {
         let run = pick(&mut frames);
         self.free
             .store(u64::from(frames.free_frames()), Ordering::Relaxed);
-        let run = run.ok_or(DeviceError::OutOfMemory)?;
-        self.counters.frames_taken.add(u64::from(run.count()));
-        Ok(run)
+        run.ok_or(DeviceError::OutOfMemory)
     }
 
     /// Pages of the window of memory that frames are chosen in: whole blocks, so that

@@ -52,8 +52,8 @@ impl Launch<'_> {
         let invocations = chunk.count() * self.kernel.invocations();
         let mut held = Held::none();
         let (mut left, mut rounds, mut silent) = (u32::MAX, 0, 0);
-        let taken = &self.device.counters().frames_taken;
-        let mut taken_before = taken.get();
+        let counters = self.device.counters();
+        let mut before = counters.pages_come();
         loop {
             let control = self.device.control();
             let unfinished = control.unfinished.load(Ordering::SeqCst);
@@ -62,7 +62,7 @@ impl Launch<'_> {
                 if !held.release(self.device.area().done(invocations)) {
                     return Ok(());
                 }
-                (left, rounds, silent, taken_before) = (u32::MAX, 0, 0, taken.get());
+                (left, rounds, silent, before) = (u32::MAX, 0, 0, counters.pages_come());
                 self.go_on()?;
                 self.report.repeats += 1;
                 self.dispatch(chunk)?;
@@ -74,16 +74,16 @@ impl Launch<'_> {
             }
             self.go_on()?;
             if unfinished < left {
-                (left, rounds, taken_before) = (unfinished, 0, taken.get());
+                (left, rounds, before) = (unfinished, 0, counters.pages_come());
             }
-            let full = taken_before + frames;
+            let full = before + frames;
             let served = self.serve_log(full)?;
             rounds += 1;
             // The last pages took the place of the first, and nobody has ended by them.
-            if taken.get() > full
+            if counters.pages_come() > full
                 && let Some(running) = held.halve(self.device.area().done(invocations), invocations)
             {
-                (left, rounds, taken_before) = (running, 0, taken.get());
+                (left, rounds, before) = (running, 0, counters.pages_come());
             }
             silent = if served.asked { 0 } else { silent + 1 };
             if silent > SILENT_LIMIT {
@@ -102,7 +102,7 @@ impl Launch<'_> {
         }
     }
 
-    /// Until the device has handed out so many frames: more pages would only take the
+    /// Until so many pages have come to the device: more pages would only take the
     /// place of those that have just come. What is left is logged again.
     fn serve_log(&mut self, full: u64) -> Result<Served, LaunchError> {
         let misses = self.read_log(false);

@@ -32,7 +32,7 @@ struct Work {
     misses: hmm_mem::Vec<Miss>,
     /// The first that nobody has taken.
     next: usize,
-    /// None is served any more when so many frames have been handed out.
+    /// None is served any more when so many pages have come.
     full: u64,
     /// The second thread is serving some.
     helps: bool,
@@ -77,8 +77,7 @@ impl Servers {
         }
     }
 
-    /// Has misses served, until the device has handed out so many frames; gives the list
-    /// back.
+    /// Has misses served, until so many pages have come to the device; gives the list back.
     pub(crate) fn serve(
         &self,
         device: &'static VulkanDevice,
@@ -194,7 +193,7 @@ impl Servers {
 
 /// Whether more pages would only take the place of those that have just come.
 fn is_full(device: &VulkanDevice, full: u64) -> bool {
-    device.counters().frames_taken.get() > full
+    device.counters().pages_come() > full
 }
 
 /// Where the stretch that an address is in ends.

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use hmm_device::Count;
+use hmm_types::PAGE_SHIFT;
 
 /// The device's counters.
 #[derive(Debug, Default)]
@@ -24,8 +25,6 @@ pub(crate) struct Counters {
     pub(crate) import_failures: Count,
     pub(crate) bytes_imported: Count,
     pub(crate) copies_imported: Count,
-    /// Frames handed out.
-    pub(crate) frames_taken: Count,
 }
 
 /// A snapshot of what the device has counted since it was opened.
@@ -77,6 +76,12 @@ pub struct VulkanStats {
 }
 
 impl Counters {
+    /// Pages that have come to the device. (More frames are handed out: what a migration
+    /// does not need after all is given back.)
+    pub(crate) fn pages_come(&self) -> u64 {
+        (self.bytes_to_device.get() + self.bytes_zeroed.get()) >> PAGE_SHIFT
+    }
+
     pub(crate) fn snapshot(&self) -> VulkanStats {
         VulkanStats {
             launches: self.launches.get(),
