@@ -225,7 +225,7 @@ impl Launch<'_> {
     }
 
     /// Imports the page, if that is what the engine has said is to be done.
-    pub(crate) fn take_up(&self, miss: Miss) -> Result<(), LaunchError> {
+    fn take_up(&self, miss: Miss) -> Result<(), LaunchError> {
         let Miss { address, access } = miss;
         if !self.device.is_granted(address) {
             return Ok(());

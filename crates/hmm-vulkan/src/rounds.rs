@@ -110,18 +110,23 @@ impl Launch<'_> {
             asked: !misses.is_empty(),
             last: misses.last().map_or(VirtAddr::new(0), |miss| miss.address),
         };
+        // Imports are this thread's, as it is the driver's.
+        if self.device.imports_memory() {
+            for miss in &misses {
+                self.fault(*miss)?;
+                if self.device.counters().pages_come() > full {
+                    break;
+                }
+            }
+            self.misses = misses;
+            return Ok(served);
+        }
         let mut tally = Tally::new();
         let servers = self.device.servers();
         let (misses, done) = servers.serve(self.device, misses, full, &mut tally);
         self.misses = misses;
         self.count(tally);
         done?;
-        // Imports are this thread's, as it is the driver's.
-        if self.device.imports_memory() {
-            for miss in &self.misses {
-                self.take_up(*miss)?;
-            }
-        }
         Ok(served)
     }
 
