@@ -107,6 +107,9 @@ impl PageRange {
             .checked_add(len_bytes)
             .and_then(VirtAddr::page_ceil)
             .ok_or(overflow)?;
+        if start.page_floor().get() == 0 {
+            return Err(RangeError::Null);
+        }
         Ok(Self::span(start.page_floor(), end))
     }
 
@@ -309,6 +312,10 @@ mod tests {
             Err(RangeError::Kernel { .. })
         ));
         assert_eq!(PageRange::inside(at(0x1001), 4096), Ok(None));
+        // Next to the null pointer lies the page that nothing can be mapped at.
+        assert_eq!(PageRange::covering(at(8), 8), Err(RangeError::Null));
+        assert_eq!(PageRange::page_of(at(4095)), Err(RangeError::Null));
+        assert_eq!(PageRange::inside(at(8), 8), Ok(None));
     }
 
     proptest! {
@@ -325,7 +332,7 @@ mod tests {
         }
 
         #[test]
-        fn inside_is_within_covering(start in 1u64..1 << 40, len in 1u64..1 << 24) {
+        fn inside_is_within_covering(start in PAGE_SIZE..1 << 40, len in 1u64..1 << 24) {
             let outer = PageRange::covering(VirtAddr::new(start), len).unwrap();
             prop_assert!(outer.start().get() <= start && start + len <= outer.end().get());
             if let Some(inner) = PageRange::inside(VirtAddr::new(start), len).unwrap() {
