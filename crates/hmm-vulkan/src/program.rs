@@ -208,9 +208,7 @@ impl Program {
         push_constants: &[u8],
         uses: &[(PageRange, Access)],
     ) -> Result<LaunchReport, LaunchError> {
-        let not_made = |error: VulkanError| LaunchError::NotMade {
-            reason: error.to_string(),
-        };
+        let not_made = |error| self.not_made(error);
         if uses.is_empty() {
             let variant = self
                 .demand
@@ -243,9 +241,7 @@ impl Program {
     ) -> Result<LaunchReport, LaunchError> {
         let kernel = self
             .kernel(Variant::Plain)
-            .map_err(|error| LaunchError::NotMade {
-                reason: error.to_string(),
-            })?;
+            .map_err(|error| self.not_made(error))?;
         self.device
             .launch_loaded(kernel, None, groups, push_constants, &[])
     }
@@ -275,6 +271,17 @@ impl Program {
 }
 
 impl Program {
+    /// Why there is no kernel.
+    fn not_made(&self, error: VulkanError) -> LaunchError {
+        match error {
+            VulkanError::Lost if self.device.driver().is_closing() => LaunchError::Closed,
+            VulkanError::Lost => LaunchError::Lost,
+            error => LaunchError::NotMade {
+                reason: error.to_string(),
+            },
+        }
+    }
+
     /// What the pass makes of it; `None` where nothing is translated.
     fn words_for(&self, variant: Variant) -> Result<Option<Vec<u32>>, VulkanError> {
         let variant = match variant {
