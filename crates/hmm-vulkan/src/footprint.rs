@@ -28,10 +28,10 @@ const HEAP: u64 = 64 << 20;
 /// Larger mappings that appear while a kernel runs are more likely the program's.
 const LATE_MAX: u64 = 16 << 20;
 
-/// Writable memory, and address space that is held for it, as of some moment.
+/// Memory that may migrate, as of some moment.
 #[derive(Debug)]
 pub(crate) struct Footprint {
-    writable: Vec<[u64; 2]>,
+    movable: Vec<[u64; 2]>,
     threads: Vec<u32>,
 }
 
@@ -48,7 +48,7 @@ impl Footprint {
     pub(crate) fn now() -> Self {
         let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
         Self {
-            writable: writable(&maps),
+            movable: movable(&maps),
             threads: threads(),
         }
     }
@@ -61,11 +61,11 @@ impl Footprint {
         let mut taken = self.compare(&maps, here, late);
         let new = threads();
         let new = new.iter().filter(|thread| !self.threads.contains(thread));
-        let writable = writable(&maps);
+        let movable = movable(&maps);
         for stack in new.filter_map(|&thread| stack_pointer(thread)) {
             let known = taken.ranges.iter();
             let mut known = known.filter(|range| range.contains(VirtAddr::new(stack)));
-            let mapping = writable
+            let mapping = movable
                 .iter()
                 .find(|[start, end]| (*start..*end).contains(&stack));
             if let (None, Some(&[start, end])) = (known.next(), mapping) {
@@ -78,7 +78,7 @@ impl Footprint {
     }
 
     fn compare(&self, maps: &str, heap_of_thread: u64, late: bool) -> Taken {
-        let after = writable(maps);
+        let after = movable(maps);
         let mut found: Vec<[u64; 2]> = Vec::new();
         let mut shares_heap = true;
         for &[start, end] in &after {
@@ -91,7 +91,7 @@ impl Footprint {
                     continue;
                 }
             }
-            for new in minus([start, end], &self.writable) {
+            for new in minus([start, end], &self.movable) {
                 if heap && end - start <= HEAP {
                     // Of one that was there before only the program knows the rest.
                     if new[0] == start {
@@ -122,17 +122,19 @@ impl Footprint {
     }
 }
 
-/// The mappings in the text of /proc/PID/maps that may migrate: writable ones, and those
-/// of no file that can be read (a compiler's output is read-only once it is done).
-fn writable(maps: &str) -> Vec<[u64; 2]> {
+/// The private mappings in the text of /proc/PID/maps that are writable, or readable and
+/// no file's (code that a driver has made): others never migrate.
+fn movable(maps: &str) -> Vec<[u64; 2]> {
     let parse = |line: &str| {
         let mut words = line.split_ascii_whitespace();
         let (start, end) = words.next()?.split_once('-')?;
         let access = words.next()?.as_bytes();
-        let inode = words.nth(2)?;
-        let anonymous = access.first() == Some(&b'r') && inode == "0";
+        let of_a_file = words.nth(2)? != "0";
         let address = |hex| u64::from_str_radix(hex, 16).ok();
-        (anonymous || access.get(1) == Some(&b'w')).then_some([address(start)?, address(end)?])
+        let (readable, writable) = (access.first() == Some(&b'r'), access.get(1) == Some(&b'w'));
+        let private = access.get(3) == Some(&b'p');
+        let movable = private && (writable || (readable && !of_a_file));
+        movable.then_some([address(start)?, address(end)?])
     };
     maps.lines().filter_map(parse).collect()
 }
@@ -206,13 +208,13 @@ mod tests {
 
     #[test]
     fn what_is_new_is_found() {
-        let before = "1000-3000 r-xp 0 0:0 0 /lib/x\n5000-8000 rw-p 0 0:0 0\n";
-        let after = "1000-3000 r-xp 0 0:0 0 /lib/x\n4000-9000 rw-p 0 0:0 0\n\
-                     a000-b000 r--p 0 0:0 0\nc000-d000 rw-p 0 0:0 0 [stack]\n\
+        let before = "1000-3000 r-xp 0 8:1 7 /lib/x\n5000-8000 rw-p 0 0:0 0\n";
+        let after = "1000-3000 r-xp 0 8:1 7 /lib/x\n4000-9000 rw-p 0 0:0 0\n\
+                     a000-b000 r-xp 0 0:0 0\nb000-c000 r-xp 0 8:1 8 /lib/y\nc000-d000 rw-p 0 0:0 0 [stack]\n\
                      40000000-42000000 rw-p 0 0:0 0\n42000000-44000000 ---p 0 0:0 0\n\
                      48000000-48001000 rw-p 0 0:0 0\n";
         let footprint = Footprint {
-            writable: writable(before),
+            movable: movable(before),
             threads: Vec::new(),
         };
         let taken = footprint.compare(after, 0x5100, false);
@@ -234,7 +236,7 @@ mod tests {
     fn the_threads_own_heap_is_taken_even_if_it_is_old() {
         let maps = "80000000-80021000 rw-p 0 0:0 0\n80021000-84000000 ---p 0 0:0 0\n";
         let footprint = Footprint {
-            writable: writable(maps),
+            movable: movable(maps),
             threads: Vec::new(),
         };
         let taken = footprint.compare(maps, 0x8000_0010, true);

@@ -140,13 +140,14 @@ impl Launch<'_> {
         let start = Instant::now();
         self.engine.1.command_begins(self.engine.0);
         device.set_translation(self.kernel.variant);
+        let compiled = self.compile();
         let dispatches = device.counters().dispatches.get();
-        let done = match self.kernel.variant {
+        let done = compiled.and_then(|()| match self.kernel.variant {
             Variant::Checked => self.checked(),
             Variant::Stall => self.stalled(),
             Variant::Table => self.resident(uses),
             Variant::Plain | Variant::Delta(_) | Variant::Masked { .. } => self.plain(),
-        };
+        });
         // No longer than a launch: the next one sees what the program has there then.
         device.drop_imports();
         if done.is_err() {
@@ -185,10 +186,9 @@ impl Launch<'_> {
         if let Some(manner) = manner {
             device.gate().begin(manner, || true);
         }
-        let done = self.first_time(|| {
-            let value = device.begin_dispatch(&self.kernel, self.push, self.groups, chunk)?;
-            device.finish(value)
-        });
+        let done = device
+            .begin_dispatch(&self.kernel, self.push, self.groups, chunk)
+            .and_then(|value| device.finish(value));
         // One that has not ended keeps the gate: what unmaps must not go on.
         if manner.is_some() && !device.has_given_up() {
             device.gate().end();
@@ -196,16 +196,23 @@ impl Launch<'_> {
         done
     }
 
-    /// Where a kernel is compiled by its first dispatch, finds what that has mapped.
-    pub(crate) fn first_time<R>(&self, dispatch: impl FnOnce() -> R) -> R {
+    /// Has the driver compile the kernels, where it does so at their first dispatch:
+    /// that is one of nothing. What it maps for them is excluded while nobody waits for a
+    /// dispatch's end; code that migrates under a kernel would keep that from ending.
+    fn compile(&self) -> Result<(), LaunchError> {
         let device = self.device;
-        let first = device.is_first_dispatch(self.kernel.pipeline);
-        let before = first.then(Footprint::now);
-        let done = dispatch();
-        if let Some(before) = before {
-            device.exclude_new(&before, true);
+        for kernel in [Some(self.kernel), self.by_distance].into_iter().flatten() {
+            if device.is_first_dispatch(kernel.pipeline) {
+                let before = Footprint::now();
+                let nothing = Chunk::whole([0; 3]);
+                let done = device
+                    .begin_dispatch(&kernel, self.push, self.groups, nothing)
+                    .and_then(|value| device.finish(value));
+                device.exclude_new(&before, true);
+                done?;
+            }
         }
-        done
+        Ok(())
     }
 
     /// Has the engine bring a page. `true` when it was asked.
@@ -286,11 +293,10 @@ impl Launch<'_> {
             self.kernel = kernel;
             self.report.distance = Some(distance);
         }
-        let done = self.first_time(|| {
-            let chunk = Chunk::whole(self.groups);
-            let value = device.begin_dispatch(&self.kernel, self.push, self.groups, chunk)?;
-            device.finish(value)
-        });
+        let chunk = Chunk::whole(self.groups);
+        let done = device
+            .begin_dispatch(&self.kernel, self.push, self.groups, chunk)
+            .and_then(|value| device.finish(value));
         // One that has not ended keeps the gate: what unmaps must not go on.
         if !device.has_given_up() {
             device.gate().end();

@@ -21,7 +21,7 @@ impl Launch<'_> {
         device.gate().begin(Manner::Parks, || true);
         let chunk = Chunk::whole(self.groups);
         let (kernel, push, groups) = (self.kernel, self.push, self.groups);
-        let started = self.first_time(|| device.begin_dispatch(&kernel, push, groups, chunk));
+        let started = device.begin_dispatch(&kernel, push, groups, chunk);
         let done = started.and_then(|value| {
             let done = self.serve_until_end(value);
             device.finish(value).and(done)

@@ -223,6 +223,22 @@ fn memory_and_the_drivers_own_are_excluded() {
         !device.describe().is_cpu || found > 0,
         "no thread of the driver was found"
     );
+    // Code that it has made: private memory that is no file's.
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let code = maps.lines().filter_map(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let made = words[1] == "r-xp" && words[4] == "0" && words.len() == 5;
+        let (start, _) = words[0].split_once('-')?;
+        made.then(|| u64::from_str_radix(start, 16).unwrap())
+    });
+    let code: Vec<u64> = code.collect();
+    for &code in &code {
+        assert!(is_excluded(code), "the driver's code at {code:#x}");
+    }
+    assert!(
+        !device.describe().is_cpu || !code.is_empty(),
+        "no code of the driver was found"
+    );
     assert!(device.stats().driver_ranges > 0);
     assert!(!device.stats().shares_heap);
     tested.close();

@@ -4,7 +4,7 @@
 use std::cell::RefCell;
 use std::io;
 
-use hmm_core::{Engine, Executor};
+use hmm_core::{Destination, Engine, Executor};
 use hmm_device::{Embedder, Join};
 use hmm_hal::{DeviceFaultError, FaultHandler, Reach, Resolution};
 use hmm_mem::Pages;
@@ -21,6 +21,15 @@ pub(crate) struct InEngine(pub(crate) &'static Host);
 impl Embedder for InEngine {
     fn exclude(&self, range: PageRange) {
         self.0.threads.run_on_root(move || hmm_os::exclude(range));
+        // What a driver maps while it works can have left already. (What a thread of the
+        // program excludes is new.)
+        if hmm_os::is_engine_thread() && self.0.engine.registered_pages(range) > PageCount::ZERO {
+            // Where that fails they come when they are touched, as all others.
+            let _ = Faults(self.0).with_executor(range.start(), |engine, executor| {
+                engine.migrate(executor, range, Destination::System);
+                Ok(())
+            });
+        }
     }
 
     fn include(&self, range: PageRange) {
