@@ -4,6 +4,7 @@ use hmm_hal::{Mapping, RegisterError};
 use hmm_sync::WriteGuard;
 use hmm_types::{PAGE_SIZE, PAGES_PER_BLOCK, PageCount, PageRange, StayReason, VirtAddr};
 
+use crate::Destination;
 use crate::engine::Engine;
 use crate::executor::Executor;
 use crate::map::SpaceMap;
@@ -44,6 +45,32 @@ impl Engine<'_> {
             }
         }
         Some(StayReason::Raced)
+    }
+
+    /// Lets memory go that has been excluded meanwhile: what of it has left comes home,
+    /// and no event tells of it any more. False when something is in the way of that;
+    /// then it stays watched.
+    pub fn unwatch_excluded(&self, executor: &mut Executor, range: PageRange) -> bool {
+        if self.registered_pages(range) == PageCount::ZERO {
+            return true;
+        }
+        self.migrate(executor, range, Destination::System);
+        let Some(mut map) = self.gate_when_quiet(executor) else {
+            return false;
+        };
+        let at_home = map.overlapping(range).all(|piece| {
+            let inner = map.block(piece.block).lock();
+            let mut states = (piece.first..piece.first + piece.pages).map(|page| inner.state(page));
+            states.all(|state| !state.is_away() && !state.in_flight())
+        });
+        if !at_home {
+            return false;
+        }
+        for piece in map.overlapping(range) {
+            self.space.unregister(piece.range());
+        }
+        self.unmap_all(&mut map, range);
+        true
     }
 
     /// The gate for writing while no change is under way: the map would have

@@ -10,6 +10,12 @@ pub trait Embedder {
     /// never be migrated until the device is closed, or could not be opened.
     fn exclude(&self, range: PageRange);
 
+    /// The same for what a driver has mapped, or so it seems: what a kernel is given a
+    /// pointer to is the program's after all.
+    fn exclude_guess(&self, range: PageRange) {
+        self.exclude(range);
+    }
+
     /// The opposite, with the very same range: the device has given it up.
     fn include(&self, range: PageRange);
 

@@ -15,6 +15,16 @@ struct Lists {
     ranges: hmm_mem::Vec<PageRange>,
     /// Writable data of loaded objects, as of the last look.
     modules: hmm_mem::Vec<PageRange>,
+    guesses: hmm_mem::Vec<Guess>,
+    guessed: u64,
+}
+
+/// What is left of a range that is a driver's, by all that is known.
+#[derive(Clone, Copy)]
+struct Guess {
+    left: PageRange,
+    whole: PageRange,
+    number: u64,
 }
 
 /// Forks of forks that can each have an engine.
@@ -27,6 +37,8 @@ static EXCLUDED: [Mutex<Lists>; GENERATIONS] = [const {
         Lists {
             ranges: hmm_mem::vec(),
             modules: hmm_mem::vec(),
+            guesses: hmm_mem::vec(),
+            guessed: 0,
         },
     )
 }; GENERATIONS];
@@ -57,12 +69,51 @@ pub fn exclude(range: PageRange) {
     lists().ranges.push(range);
 }
 
-/// The opposite of [`exclude`], with the very same range; ignores one that is
-/// not excluded.
+/// Keeps a range where it is that is a driver's, as far as anybody can tell: it can be
+/// the program's after all, or become that later. Then [`claim`] has a say.
+pub fn exclude_guess(range: PageRange) {
+    let mut lists = lists();
+    lists.guessed += 1;
+    let number = lists.guessed;
+    lists.guesses.push(Guess {
+        left: range,
+        whole: range,
+        number,
+    });
+}
+
+/// A kernel was given a pointer to this: it is the program's, whoever was thought to
+/// own it.
+pub fn claim(range: PageRange) {
+    let mut lists = lists();
+    if !lists.guesses.iter().any(|guess| guess.left.overlaps(range)) {
+        return;
+    }
+    let guesses = std::mem::replace(&mut lists.guesses, hmm_mem::vec());
+    for guess in guesses.iter() {
+        let (start, end) = (guess.left.start(), guess.left.end());
+        let before = (start, end.min(range.start()));
+        let behind = (start.max(range.end()), end);
+        for (start, end) in [before, behind] {
+            if start < end {
+                let left = PageRange::span(start, end);
+                lists.guesses.push(Guess { left, ..*guess });
+            }
+        }
+    }
+}
+
+/// The opposite of [`exclude`] and [`exclude_guess`], with the very same range; ignores
+/// one that is not excluded.
 pub fn include(range: PageRange) {
     let mut lists = lists();
     if let Some(index) = lists.ranges.iter().position(|&known| known == range) {
         lists.ranges.swap_remove(index);
+        return;
+    }
+    let guess = lists.guesses.iter().find(|guess| guess.whole == range);
+    if let Some(number) = guess.map(|guess| guess.number) {
+        lists.guesses.retain(|guess| guess.number != number);
     }
 }
 
@@ -108,8 +159,9 @@ pub(crate) fn first_part(range: PageRange) -> (PageRange, bool) {
     let lists = lists();
     let arena = hmm_mem::arena_range();
     first_part_in(range, || {
+        let guesses = lists.guesses.iter().map(|guess| &guess.left);
         let lists = lists.ranges.iter().chain(lists.modules.iter());
-        lists.chain(arena.iter()).copied()
+        lists.chain(guesses).chain(arena.iter()).copied()
     })
 }
 
@@ -180,6 +232,30 @@ mod tests {
             include(range);
         }
         assert_eq!(first_part(page(0, 12)), (page(0, 12), false));
+    }
+
+    #[test]
+    fn what_is_claimed_was_guessed_wrong() {
+        let page = |n: u64, pages| {
+            PageRange::from_pages(VirtAddr::new(0x200_0000 + n * 4096), PageCount::new(pages))
+        };
+        exclude(page(20, 1));
+        exclude_guess(page(0, 10));
+        exclude_guess(page(0, 10));
+        assert_eq!(first_part(page(0, 12)), (page(0, 10), true));
+        claim(page(4, 2));
+        assert_eq!(first_part(page(0, 12)), (page(0, 4), true));
+        assert_eq!(first_part(page(4, 12)), (page(4, 2), false));
+        assert_eq!(first_part(page(6, 12)), (page(6, 4), true));
+        // What is known is known, and each guess is taken back for itself.
+        claim(page(20, 1));
+        assert!(first_part(page(20, 1)).1);
+        include(page(0, 10));
+        assert_eq!(first_part(page(6, 12)), (page(6, 4), true));
+        include(page(0, 10));
+        assert_eq!(first_part(page(0, 12)), (page(0, 12), false));
+        include(page(20, 1));
+        assert!(!first_part(page(20, 1)).1);
     }
 
     #[test]

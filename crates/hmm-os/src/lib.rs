@@ -52,7 +52,7 @@ pub use child::MAX_CHILDREN;
 pub use clock::MonotonicClock;
 pub use config::{Counters, Disable, OpenConfig, OpenError, Wakeup};
 pub use cpu::cpu_of_thread;
-pub use excluded::{exclude, include, refresh_modules};
+pub use excluded::{claim, exclude, exclude_guess, include, refresh_modules};
 pub use fatal::{die, warn};
 pub use forks::{ForkHooks, guard_forks, unguard_forks};
 pub use memory_map::{MappedMemory, memory_of};

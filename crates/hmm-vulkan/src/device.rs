@@ -290,7 +290,7 @@ impl VulkanDevice {
         let mut known = lock(&self.excluded);
         for range in taken.ranges {
             if !known.iter().any(|known| known.encloses(range)) {
-                self.embedder.exclude(range);
+                self.embedder.exclude_guess(range);
                 known.push(range);
             }
         }

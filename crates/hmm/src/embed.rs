@@ -4,7 +4,7 @@
 use std::cell::RefCell;
 use std::io;
 
-use hmm_core::{Destination, Engine, Executor};
+use hmm_core::{Engine, Executor};
 use hmm_device::{Embedder, Join};
 use hmm_hal::{DeviceFaultError, FaultHandler, Reach, Resolution};
 use hmm_mem::Pages;
@@ -21,15 +21,16 @@ pub(crate) struct InEngine(pub(crate) &'static Host);
 impl Embedder for InEngine {
     fn exclude(&self, range: PageRange) {
         self.0.threads.run_on_root(move || hmm_os::exclude(range));
-        // What a driver maps while it works can have left already. (What a thread of the
-        // program excludes is new.)
-        if hmm_os::is_engine_thread() && self.0.engine.registered_pages(range) > PageCount::ZERO {
-            // Where that fails they come when they are touched, as all others.
-            let _ = Faults(self.0).with_executor(range.start(), |engine, executor| {
-                engine.migrate(executor, range, Destination::System);
-                Ok(())
-            });
-        }
+    }
+
+    /// On a thread of the device.
+    fn exclude_guess(&self, range: PageRange) {
+        hmm_os::exclude_guess(range);
+        // What a driver maps while it works can have left already, as the neighbour of
+        // something. Where it cannot be let go it comes when it is touched.
+        let _ = Faults(self.0).with_executor(range.start(), |engine, executor| {
+            Ok(engine.unwatch_excluded(executor, range))
+        });
     }
 
     fn include(&self, range: PageRange) {
@@ -94,6 +95,9 @@ impl FaultHandler for Faults {
         address: VirtAddr,
         access: Access,
     ) -> Result<Resolution, DeviceFaultError> {
+        if let Ok(page) = PageRange::page_of(address) {
+            hmm_os::claim(page);
+        }
         self.with_executor(address, |engine, executor| {
             engine.device_fault(executor, device, address, access)
         })

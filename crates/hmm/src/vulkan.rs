@@ -161,6 +161,9 @@ impl VulkanDevice {
         uses: &[Used],
     ) -> Result<LaunchReport, LaunchVulkanError> {
         let ranges: Vec<_> = uses.iter().map(|used| (used.range, used.access)).collect();
+        for &Used { range, .. } in uses {
+            self.host.threads.run_on_root(move || hmm_os::claim(range));
+        }
         for used in uses {
             // What stays is asked for page by page, and then in error.
             self.bring(used.range);
