@@ -453,6 +453,13 @@ impl<'env> Engine<'env> {
             .is_some_and(|slot| !slot.is_retired())
     }
 
+    /// Whether a device can use pages of system memory where they are.
+    #[must_use]
+    pub fn uses_system_memory(&self, device: DeviceId) -> bool {
+        let slot = self.devices.get(device);
+        slot.is_some_and(|slot| slot.device.info().system_memory)
+    }
+
     /// Whether something is not in system memory, or on its way; or not on one
     /// device. Memory that is unmapped counts while it is in flight.
     pub(crate) fn has_pages_away(&self, only: Option<DeviceId>) -> bool {

@@ -21,6 +21,15 @@ pub enum Error {
         /// The device.
         device: DeviceId,
     },
+    /// Exclusive use is of system memory, which this device cannot use.
+    #[error("{device} cannot use system memory in place; migrate the pages to it instead")]
+    NotInPlace {
+        /// The device.
+        device: DeviceId,
+    },
+    /// As many engines and Vulkan devices as can be told of forks are open.
+    #[error("too many engines and Vulkan devices of this process are open; close one of them")]
+    TooManyForkGuards,
     /// As many requests as can be queued are waiting.
     #[error("{limit} requests are waiting already; wait for one of them")]
     QueueFull {

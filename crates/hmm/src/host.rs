@@ -494,10 +494,13 @@ impl Hmm {
     /// page takes it back.
     ///
     /// # Errors
-    /// As [`Hmm::migrate`].
+    /// As [`Hmm::migrate`]; and when the device cannot use system memory.
     pub fn exclusive(&self, memory: impl Memory, device: DeviceId) -> Result<Report, Error> {
         let range = memory.whole_pages()?;
         self.known(device)?;
+        if !self.host().engine.uses_system_memory(device) {
+            return Err(Error::NotInPlace { device });
+        }
         self.begin(range.map(|range| std::iter::once(Request::Exclusive(range, device))))
             .and_then(Self::judged)
     }
