@@ -20,6 +20,9 @@ use crate::upload::{Fate, Target};
 /// it starts over.
 const MAX_IN_PLACE: usize = 1 << 14;
 
+/// How often room is looked for, for a page that the device cannot use in place.
+const ROOM_TRIES: u32 = 64;
+
 /// What the page's state says about the fault.
 pub(crate) enum Found {
     Mapped,
@@ -185,9 +188,17 @@ impl Engine<'_> {
                 };
                 let mut stayed = self.fetch_window(executor, device, window, page);
                 let in_place = self.devices.slot(device).device.info().system_memory;
-                if stayed == Some(StayReason::NoDeviceMemory) && !in_place {
-                    // The window alone may fill the device.
-                    stayed = self.fetch_window(executor, device, page, page);
+                if !in_place {
+                    // The window alone may fill the device, and what others bring takes
+                    // the room that was made.
+                    let mut tries = 0;
+                    while stayed == Some(StayReason::NoDeviceMemory) && tries < ROOM_TRIES {
+                        if tries > 0 {
+                            self.wait_for_transition();
+                        }
+                        tries += 1;
+                        stayed = self.fetch_window(executor, device, page, page);
+                    }
                 }
                 match stayed {
                     None => return Ok(Resolution::Mapped),
