@@ -16,16 +16,17 @@ use hmm_sync::{Mutex, Rank};
 
 use crate::excluded;
 
-/// What an engine does around a fork. Called on the thread that forks.
+/// What an engine, or a device of one, does around a fork. Called on the thread that
+/// forks.
 pub trait ForkHooks: Sync {
-    /// Nothing may be away when this returns.
+    /// Of an engine without fork events: nothing may be away when this returns.
     fn before_fork(&self);
     /// Pages may leave again.
     fn after_fork_in_parent(&self);
 }
 
-/// Engines of one process that can be guarded at a time.
-const MAX_GUARDED: usize = 16;
+/// Engines and devices of one process that can be guarded at a time.
+const MAX_GUARDED: usize = 64;
 
 static GUARDED: Mutex<[Option<&'static dyn ForkHooks>; MAX_GUARDED]> =
     Mutex::new(Rank::Queue, [None; MAX_GUARDED]);
@@ -90,7 +91,7 @@ extern "C" fn before() {
 }
 
 extern "C" fn after() {
-    for hooks in CALLED.take().into_iter().flatten() {
+    for hooks in CALLED.replace([None; MAX_GUARDED]).into_iter().flatten() {
         hooks.after_fork_in_parent();
     }
 }

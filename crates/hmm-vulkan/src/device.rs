@@ -279,6 +279,18 @@ impl VulkanDevice {
         }
     }
 
+    /// Before a fork(3) of this process, which takes the locks of malloc(3) that drivers
+    /// need: waits until no dispatch runs that others wait for, and lets none begin until
+    /// [`VulkanDevice::after_fork`]. On any thread; takes no lock.
+    pub fn before_fork(&self) {
+        self.gate.hold(|| self.has_given_up());
+    }
+
+    /// After it, in the process that has forked.
+    pub fn after_fork(&self) {
+        self.gate.let_go();
+    }
+
     /// Keeps a thread to be joined.
     pub(crate) fn keep(&self, thread: Box<dyn Join>) {
         lock(&self.threads).push(thread);

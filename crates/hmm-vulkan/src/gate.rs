@@ -31,11 +31,17 @@
 //!
 //! - *Imports are given back* by a thread that does nothing else (`imports.rs`).
 //!
+//! One thing of the program's the driver does need: the locks of malloc(3). fork(3) has all
+//! of them while it waits for the engine to read that it happens, which waits for whoever
+//! unmaps. So dispatches that are waited for end before a fork begins, and none begins until
+//! it is over ([`Gate::hold`]). A stalled kernel may go on: subgroups run and park without
+//! the driver.
+//!
 //! The driver may hang, and a kernel may run for ever. Both end the process with a
 //! message after [`PATIENCE`]: going on would let the device write to memory that is
 //! somebody else's by then.
 
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use std::time::{Duration, Instant};
 
 use hmm_sync::{Condvar, Mutex, MutexGuard, Rank};
@@ -52,6 +58,8 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 const NAP: Duration = Duration::from_millis(200);
 /// The same where nothing is waited for.
 const LONG_NAP: Duration = Duration::from_secs(5);
+/// How long a dispatch or a fork waits for the other at a time.
+const FORK_NAP: Duration = Duration::from_micros(50);
 /// Looks at the control block before the processor is yielded.
 const SPINS: u32 = 2000;
 /// Yields before the thread sleeps.
@@ -91,6 +99,10 @@ pub(crate) struct Gate {
     doomed: Condvar,
     /// How much is imported; to be read without the lock.
     imported: AtomicU64,
+    /// Forks under way. Threads of the program write it, so it is under no lock.
+    forks: AtomicU32,
+    /// A dispatch runs whose end is waited for.
+    runs: AtomicBool,
 }
 
 impl Gate {
@@ -110,15 +122,21 @@ impl Gate {
             changed: Condvar::new(),
             doomed: Condvar::new(),
             imported: AtomicU64::new(0),
+            forks: AtomicU32::new(0),
+            runs: AtomicBool::new(false),
         }
     }
 
     /// A dispatch begins that uses the page table, if `check` says so: no mapping that
     /// it has seen goes before the dispatch has ended.
     pub(crate) fn begin(&self, manner: Manner, check: impl FnOnce() -> bool) -> bool {
+        if manner != Manner::Parks {
+            self.wait_for_forks();
+        }
         let mut state = self.state.lock();
         assert!(state.begun == state.ended, "two dispatches at a time");
         if !check() {
+            self.runs.store(false, Ordering::SeqCst);
             return false;
         }
         state.begun += 1;
@@ -130,6 +148,32 @@ impl Gate {
     pub(crate) fn end(&self) {
         self.state.lock().ended += 1;
         self.changed.notify_all();
+        self.runs.store(false, Ordering::SeqCst);
+    }
+
+    fn wait_for_forks(&self) {
+        loop {
+            self.runs.store(true, Ordering::SeqCst);
+            if self.forks.load(Ordering::SeqCst) == 0 {
+                return;
+            }
+            self.runs.store(false, Ordering::SeqCst);
+            std::thread::sleep(FORK_NAP);
+        }
+    }
+
+    /// Before a fork: waits until no dispatch runs whose end is waited for, and lets none
+    /// begin. Ends early when `hopeless` says that it never will.
+    pub(crate) fn hold(&self, hopeless: impl Fn() -> bool) {
+        self.forks.fetch_add(1, Ordering::SeqCst);
+        while self.runs.load(Ordering::SeqCst) && !hopeless() {
+            std::thread::sleep(FORK_NAP);
+        }
+    }
+
+    /// After it.
+    pub(crate) fn let_go(&self) {
+        self.forks.fetch_sub(1, Ordering::SeqCst);
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
@@ -344,6 +388,43 @@ mod tests {
         assert!(gate.when_idle(|_| ()).is_none());
         gate.end();
         assert!(gate.when_idle(|_| ()).is_some());
+    }
+
+    #[test]
+    fn a_fork_and_a_dispatch_wait_for_each_other() {
+        let gate = gate();
+        let (ended, over) = (AtomicBool::new(false), AtomicBool::new(false));
+        gate.begin(Manner::Returns, || true);
+        std::thread::scope(|scope| {
+            let fork = scope.spawn(|| {
+                gate.hold(|| false);
+                assert!(ended.load(Ordering::SeqCst), "the fork did not wait");
+                std::thread::sleep(Duration::from_millis(50));
+                over.store(true, Ordering::SeqCst);
+                gate.let_go();
+            });
+            std::thread::sleep(Duration::from_millis(50));
+            ended.store(true, Ordering::SeqCst);
+            gate.end();
+            while gate.forks.load(Ordering::SeqCst) > 0 && gate.runs.load(Ordering::SeqCst) {}
+            if !over.load(Ordering::SeqCst) {
+                // One that parks does not wait.
+                gate.begin(Manner::Parks, || true);
+                gate.end();
+            }
+            assert!(gate.begin(Manner::Unchecked, || true));
+            assert!(over.load(Ordering::SeqCst), "the dispatch did not wait");
+            gate.end();
+            fork.join().unwrap();
+        });
+        // One that cannot begin is not waited for, nor one that never ends.
+        gate.begin(Manner::Returns, || false);
+        gate.hold(|| false);
+        gate.let_go();
+        gate.begin(Manner::Returns, || true);
+        gate.hold(|| true);
+        gate.let_go();
+        gate.end();
     }
 
     #[test]

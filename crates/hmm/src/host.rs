@@ -16,6 +16,7 @@ use crate::builder::Builder;
 use crate::care::{self, Heartbeat};
 use crate::jobs::{Jobs, Numbers, Outcome, Request, in_parts};
 use crate::rota::Rota;
+use crate::vulkan::OpenVulkan;
 use crate::{
     Error, Memory, Prefetch, Report, Residency, ShutdownError, SoftwareDevice, SoftwareOptions,
 };
@@ -38,7 +39,7 @@ pub(crate) struct Host {
     devices: [OnceLock<&'static dyn Device>; MAX_DEVICES],
     /// To be closed at the end: their workers are engine threads.
     software: Mutex<hmm_mem::Vec<&'static SoftDevice>>,
-    vulkan: Mutex<hmm_mem::Vec<&'static hmm_vulkan::VulkanDevice>>,
+    vulkan: Mutex<hmm_mem::Vec<&'static OpenVulkan>>,
     /// Regions that other processes can attach.
     sharing: Mutex<hmm_mem::Vec<Sharing>>,
     stopping: AtomicBool,
@@ -185,7 +186,7 @@ impl Host {
         self.software.lock().push(device);
     }
 
-    pub(crate) fn keep_vulkan(&self, device: &'static hmm_vulkan::VulkanDevice) {
+    pub(crate) fn keep_vulkan(&self, device: &'static OpenVulkan) {
         self.vulkan.lock().push(device);
     }
 

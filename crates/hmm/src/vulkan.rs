@@ -70,24 +70,64 @@ impl<'a> VulkanOptions<'a> {
 pub struct VulkanDevice {
     host: &'static Host,
     device: &'static hmm_vulkan::VulkanDevice,
+    open: &'static OpenVulkan,
     id: DeviceId,
+}
+
+/// What has to be done for a device until it is closed.
+#[derive(Debug)]
+pub(crate) struct OpenVulkan {
+    host: &'static Host,
+    device: &'static hmm_vulkan::VulkanDevice,
+}
+
+impl OpenVulkan {
+    pub(crate) fn close(&'static self) {
+        hmm_os::unguard_forks(self);
+        self.device.close();
+    }
+}
+
+/// A driver needs malloc(3), whose locks a fork takes.
+impl hmm_os::ForkHooks for OpenVulkan {
+    fn before_fork(&self) {
+        if self.host.is_own_process() {
+            self.device.before_fork();
+        }
+    }
+
+    fn after_fork_in_parent(&self) {
+        if self.host.is_own_process() {
+            self.device.after_fork();
+        }
+    }
 }
 
 impl VulkanDevice {
     pub(crate) fn open(host: &'static Host, options: VulkanOptions<'_>) -> Result<Self, Error> {
         let embedder = hmm_mem::leaked(InEngine(host));
         let device = hmm_vulkan::VulkanDevice::open_with(options.0, embedder)?;
+        let open = hmm_mem::leaked(OpenVulkan { host, device });
+        if !hmm_os::guard_forks(open) {
+            device.close();
+            return Err(Error::TooManyForkGuards);
+        }
         let added = host.add_device(device).and_then(|id| {
             device.attach(id, hmm_mem::leaked(Faults(host)))?;
             Ok(id)
         });
         match added {
             Ok(id) => {
-                host.keep_vulkan(device);
-                Ok(Self { host, device, id })
+                host.keep_vulkan(open);
+                Ok(Self {
+                    host,
+                    device,
+                    open,
+                    id,
+                })
             }
             Err(error) => {
-                device.close();
+                open.close();
                 Err(error)
             }
         }
@@ -192,7 +232,7 @@ impl VulkanDevice {
     pub fn remove(&self) -> Result<bool, Error> {
         let clean = self.host.remove_device(self.id)?;
         if clean {
-            self.device.close();
+            self.open.close();
         }
         Ok(clean)
     }
