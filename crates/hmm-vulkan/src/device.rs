@@ -341,11 +341,21 @@ impl VulkanDevice {
         }
     }
 
-    /// A dispatch does not end: the device is of no use any more, and its memory is not
-    /// to be touched.
+    /// A dispatch does not end: the device is of no use any more. Its table stays as it
+    /// is and its frames are nobody's again, so that the kernel goes on with those; where
+    /// they are memory of this process, what is in them can still be read.
     pub(crate) fn give_up(&self) {
         self.given_up.store(true, Ordering::SeqCst);
-        self.injector.lose(LossMode::MemoryGone);
+        let readable = self.parts.reservation.is_some();
+        self.injector.lose(if readable {
+            LossMode::MemoryReadable
+        } else {
+            LossMode::MemoryGone
+        });
+        // System memory in place is the program's, and nobody's to write to later.
+        if !self.parts.config.system_memory && !self.imports_memory() {
+            self.gate.abandon();
+        }
     }
 
     pub(crate) fn has_given_up(&self) -> bool {
@@ -483,13 +493,16 @@ impl VulkanDevice {
     /// given back before this returns.
     pub(crate) fn shoot_down(&self, range: PageRange) {
         let table = &self.parts.table;
-        let (any, imported) = self.gate.clear(|imports| {
+        let cleared = self.gate.clear(|imports| {
             let any = table.clear(range);
             let imported = imports.condemn(range, |whole| {
                 table.clear(whole);
             });
             (any, imported)
         });
+        let Some((any, imported)) = cleared else {
+            return;
+        };
         if any || imported {
             self.counters.shootdowns.add(1);
             if self.gate.quiesce(self.control()) {
@@ -557,7 +570,9 @@ impl Device for VulkanDevice {
         let Some(_guard) = self.enter() else {
             return;
         };
+        // A kernel that was given up goes on with what is in them.
         if self.parts.config.poison_freed
+            && !self.has_given_up()
             && let Some(memory) = self.parts.memory.host(run)
         {
             let len_bytes = (run.count() as usize) << PAGE_SHIFT;

@@ -90,7 +90,11 @@ impl VulkanDevice {
     /// Waits for a dispatch's end. One that takes too long is told to stop; one that
     /// does not even do that makes the device a lost one, with the dispatch still there.
     pub(crate) fn finish(&self, value: u64) -> Result<(), LaunchError> {
-        let limit = self.config().dispatch_limit;
+        self.finish_within(value, self.config().dispatch_limit)
+    }
+
+    /// The same with another bound.
+    pub(crate) fn finish_within(&self, value: u64, limit: Duration) -> Result<(), LaunchError> {
         let since = Instant::now();
         let mut stopped = false;
         while !self.has_ended(value, NAP)? {

@@ -84,6 +84,8 @@ pub(crate) struct State {
     manner: Manner,
     /// Unmappings that wait for a stalled kernel.
     yields: u32,
+    /// The dispatch that runs has been given up: it keeps its mappings for ever.
+    abandoned: bool,
     /// Leaves of the page table that are free.
     pub(crate) pool: Pool,
     /// System memory that the device uses in place.
@@ -115,6 +117,7 @@ impl Gate {
                     ended: 0,
                     manner: Manner::Returns,
                     yields: 0,
+                    abandoned: false,
                     pool,
                     imports: Imports::new(),
                 },
@@ -180,14 +183,21 @@ impl Gate {
         self.state.lock()
     }
 
-    /// Clears entries, when no kernel runs that would follow a cleared one.
-    pub(crate) fn clear<R>(&self, clear: impl FnOnce(&mut Imports) -> R) -> R {
+    /// The dispatch that runs never ends, and nobody is to wait for it.
+    pub(crate) fn abandon(&self) {
+        self.state.lock().abandoned = true;
+        self.changed.notify_all();
+    }
+
+    /// Clears entries, when no kernel runs that would follow a cleared one. `None` when
+    /// one does that was given up.
+    pub(crate) fn clear<R>(&self, clear: impl FnOnce(&mut Imports) -> R) -> Option<R> {
         let mut state = self.state.lock();
-        while state.begun != state.ended && state.manner == Manner::Unchecked {
+        while state.begun != state.ended && state.manner == Manner::Unchecked && !state.abandoned {
             let number = state.begun;
             state = self.wait_for_end(state, number);
         }
-        clear(&mut state.imports)
+        (!state.abandoned).then(|| clear(&mut state.imports))
     }
 
     /// Has what is imported of a range given back, and waits. Its entries are cleared, and
@@ -294,9 +304,9 @@ impl Gate {
         number: u64,
     ) -> MutexGuard<'a, State> {
         let since = Instant::now();
-        while state.ended < number {
+        while state.ended < number && !state.abandoned {
             state = self.changed.wait_timeout(state, NAP);
-            if since.elapsed() > PATIENCE && state.ended < number {
+            if since.elapsed() > PATIENCE && state.ended < number && !state.abandoned {
                 fatal::die(STUCK);
             }
         }
@@ -315,7 +325,8 @@ impl Gate {
                 std::thread::yield_now();
             } else {
                 std::thread::sleep(Duration::from_micros(50));
-                if self.state.lock().ended >= number {
+                let state = self.state.lock();
+                if state.ended >= number || state.abandoned {
                     return;
                 }
                 if since.elapsed() > PATIENCE {
@@ -433,14 +444,18 @@ mod tests {
         let ended = AtomicBool::new(false);
         gate.begin(Manner::Unchecked, || true);
         std::thread::scope(|scope| {
-            let unmap = scope.spawn(|| gate.clear(|_| ended.load(Ordering::SeqCst)));
+            let unmap = scope.spawn(|| gate.clear(|_| ended.load(Ordering::SeqCst)).unwrap());
             std::thread::sleep(Duration::from_millis(50));
             ended.store(true, Ordering::SeqCst);
             gate.end();
             assert!(unmap.join().unwrap(), "cleared while the kernel ran");
         });
         gate.begin(Manner::Returns, || true);
-        assert!(gate.clear(|_| true), "a kernel that checks is no hindrance");
+        assert_eq!(
+            gate.clear(|_| true),
+            Some(true),
+            "a kernel that checks is no hindrance"
+        );
         gate.end();
     }
 }

@@ -164,6 +164,9 @@ impl VulkanDevice {
 
     /// On the driver's thread.
     fn make_pipeline(&self, code: &KernelCode<'_>) -> Result<Pipeline, VulkanError> {
+        if self.has_given_up() {
+            return Err(VulkanError::Lost);
+        }
         if self.lock_kernels().len() >= MAX_KERNELS {
             return Err(VulkanError::TooManyKernels);
         }
@@ -240,6 +243,9 @@ impl VulkanDevice {
 
     /// On the driver's thread.
     pub(crate) fn unload(&self, pipeline: Pipeline) {
+        if self.has_given_up() {
+            return; // a dispatch runs for ever, and drivers wait for its end
+        }
         let mut kernels = self.lock_kernels();
         let Some(index) = kernels.iter().position(|&(known, _)| known == pipeline) else {
             return;

@@ -21,6 +21,8 @@ use crate::{ImportFailure, KernelError, LaunchError};
 
 /// For how long the engine may say "wait" for one access.
 pub const RETRY_TIME: Duration = Duration::from_secs(10);
+/// For how long a driver may compile a kernel.
+const COMPILE_LIMIT: Duration = Duration::from_secs(120);
 /// How often pages of a kernel without checks are asked for before it is given up.
 const ROUNDS: u64 = 64;
 
@@ -207,7 +209,7 @@ impl Launch<'_> {
                 let nothing = Chunk::whole([0; 3]);
                 let done = device
                     .begin_dispatch(&kernel, self.push, self.groups, nothing)
-                    .and_then(|value| device.finish(value));
+                    .and_then(|value| device.finish_within(value, COMPILE_LIMIT));
                 device.exclude_new(&before, true);
                 done?;
             }

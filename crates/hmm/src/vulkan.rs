@@ -57,6 +57,14 @@ impl<'a> VulkanOptions<'a> {
         self.copies(Copies::Queue)
     }
 
+    /// For how long one dispatch may run, and a kernel that waits for pages without asking
+    /// for one, before it is told to stop. Default: 10 seconds.
+    #[must_use]
+    pub const fn dispatch_limit(mut self, limit: std::time::Duration) -> Self {
+        self.0.dispatch_limit = limit;
+        self
+    }
+
     /// Overwrite frames when they are freed, so that a use after free shows: for tests.
     #[must_use]
     pub const fn poison_freed(mut self, on: bool) -> Self {
