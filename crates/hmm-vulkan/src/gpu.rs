@@ -247,6 +247,7 @@ impl Features {
                 shader_buffer_int64_atomics: twelve.shader_buffer_int64_atomics,
                 shader_subgroup_extended_types: twelve.shader_subgroup_extended_types,
                 scalar_block_layout: twelve.scalar_block_layout,
+                runtime_descriptor_array: twelve.runtime_descriptor_array,
                 vulkan_memory_model: twelve.vulkan_memory_model,
                 vulkan_memory_model_device_scope: twelve.vulkan_memory_model_device_scope,
                 ..Default::default()

@@ -17,6 +17,9 @@ use crate::kernel::{Kernel, KernelCode, Loaded, Variant};
 use crate::stats::LaunchReport;
 use crate::{LaunchError, VulkanDevice, VulkanError};
 
+/// The version that belongs to Vulkan 1.2, as the second word of a module has it.
+const NEWEST_SPIRV: u32 = 0x0001_0500;
+
 /// What a launch does about a page that it meets and that is not there.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Demand {
@@ -81,6 +84,15 @@ impl VulkanDevice {
     ) -> Result<Program, VulkanError> {
         let bad = |reason: String| VulkanError::BadKernel { reason };
         let info = hmm_spirv::analyse(words).map_err(|error| bad(error.to_string()))?;
+        // No device of Vulkan 1.2 takes a newer one, whether its driver says so or not.
+        if let Some(&version) = words.get(1)
+            && version > NEWEST_SPIRV
+        {
+            let minor = version >> 8 & 0xff;
+            return Err(bad(format!(
+                "it is SPIR-V 1.{minor}, and the device takes up to 1.5; compile it for Vulkan 1.2"
+            )));
+        }
         self.check_capabilities(&info)?;
         let entry = find_entry(&info, options.entry).map_err(bad)?.clone();
         if entry.local_size_spec_ids.iter().any(Option::is_some) {
@@ -325,6 +337,11 @@ impl crate::gpu::Gpu {
             Capability::StorageBuffer16BitAccess => (
                 features.eleven.storage_buffer16_bit_access,
                 "storageBuffer16BitAccess",
+            ),
+            // Compilers declare it for arrays behind pointers too.
+            Capability::RuntimeDescriptorArray => (
+                features.twelve.runtime_descriptor_array,
+                "runtimeDescriptorArray",
             ),
             Capability::VulkanMemoryModel => {
                 (features.twelve.vulkan_memory_model, "vulkanMemoryModel")
