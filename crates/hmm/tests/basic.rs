@@ -1,16 +1,16 @@
-//! Ordinary memory on a software device, and back.
-use hmm::{ByteCount, Hmm, PageCount, PageRange, Pointer, SoftwareOptions, StayReason, VirtAddr};
+//! Ordinary memory on a device, and back.
+mod common;
+
+use common::{AnyDevice, Kind, Operation, Work, open};
+use hmm::{PageCount, PageRange, StayReason, VirtAddr};
 
 fn filled(pages: usize) -> Vec<u64> {
     (0..pages as u64 * 512).collect()
 }
 
-#[test]
-fn memory_goes_and_comes_home_by_itself() {
-    let hmm = Hmm::open().unwrap();
-    let device = hmm
-        .add_software_device(SoftwareOptions::new(ByteCount::mib(64)))
-        .unwrap();
+on_each!(memory_goes_and_comes_home_by_itself: software, vulkan);
+fn memory_goes_and_comes_home_by_itself(kind: Kind) {
+    let (hmm, device) = or_skip!(open(kind, 64));
     let mut data = filled(4096);
     let report = hmm.migrate(&mut data[..], device.id()).unwrap();
     println!("{report}");
@@ -31,35 +31,20 @@ fn memory_goes_and_comes_home_by_itself() {
     hmm.shutdown().unwrap();
 }
 
-#[test]
-fn a_kernel_works_on_plain_pointers() {
-    let hmm = Hmm::open().unwrap();
-    let device = hmm
-        .add_software_device(SoftwareOptions::new(ByteCount::mib(64)))
-        .unwrap();
+on_each!(a_kernel_works_on_plain_pointers: software, vulkan, waiting, named);
+fn a_kernel_works_on_plain_pointers(kind: Kind) {
+    let (hmm, device) = or_skip!(open(kind, 64));
     let mut data = filled(1024);
-    let first = Pointer::new(data.as_mut_ptr());
-    let report = device
-        .launch(1024, |context, group| {
-            for index in group * 512..(group + 1) * 512 {
-                let value = context.load(first.at(index))?;
-                context.store(first.at(index), value * 3)?;
-            }
-            Ok(())
-        })
-        .unwrap();
-    println!("{report:?}");
+    let all = Work::new(Operation::Multiply, data.as_mut_ptr()).count(data.len());
+    device.run(all.value(3)).unwrap();
     assert!(data.iter().copied().eq((0..1024 * 512).map(|n| n * 3)));
     println!("{:?}", hmm.statistics());
     hmm.shutdown().unwrap();
 }
 
-#[test]
-fn bad_input_is_named_and_changes_nothing() {
-    let hmm = Hmm::open().unwrap();
-    let device = hmm
-        .add_software_device(SoftwareOptions::new(ByteCount::mib(1)))
-        .unwrap();
+on_each!(bad_input_is_named_and_changes_nothing: software, vulkan);
+fn bad_input_is_named_and_changes_nothing(kind: Kind) {
+    let (hmm, device) = or_skip!(open(kind, 1));
     let unmapped = PageRange::from_pages(VirtAddr::new(0x1000_0000), PageCount::new(4));
     let error = hmm.migrate(unmapped, device.id()).unwrap_err();
     println!("{error}");

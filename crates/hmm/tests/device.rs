@@ -4,31 +4,73 @@ mod common;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use common::either::{program, push};
 use common::{
-    Map, PAGE, WORDS, adds_up, all_free, device, engine, helper, nothing_staged, on_device,
-    pattern, role, run, send, signal_of_lost_data, watchdog,
+    AnyDevice, Device, Kind, Map, Operation, PAGE, WORDS, Work, add, adds_up, all_free, engine,
+    helper, nothing_staged, on_device, open, pattern, role, run, send, signal_of_lost_data,
+    watchdog,
 };
-use hmm::{FailAt, KernelError, LaunchError, LossMode, PageResidency, Pointer, StayReason};
+use hmm::{
+    FailAt, KernelError, LaunchError, LossMode, PageResidency, Pointer, ProgramOptions, StayReason,
+};
 
-/// What the text of an access error says, for comparison.
-fn fault_of(error: &LaunchError) -> String {
-    match error {
-        LaunchError::Kernel { error, .. } => format!("{error:?}"),
-        other => panic!("no error of a kernel: {other}"),
-    }
-}
+/// Sums the values of a list.
+const CHASE: &[u8] = include_bytes!("kernels/chase.spv");
+/// Increments them.
+const WALK: &[u8] = include_bytes!("kernels/walk_write.spv");
 
 #[repr(C)]
 struct Node {
-    value: u64,
     next: *mut Node,
+    value: u64,
     ballast: [u64; 30],
 }
 
-#[test]
-fn a_kernel_walks_and_changes_a_linked_list() {
+/// A kernel that changes nothing.
+fn touch(device: &Device, map: &Map) -> Result<(), common::Failure> {
+    device.run(Work::new(Operation::Add, map.word(0)))
+}
+
+/// Returns the sum of a list's values, and leaves each one greater by one.
+fn walk(device: &Device, head: *mut Node) -> u64 {
+    match device {
+        Device::Software(device) => {
+            let (start, sum) = (Pointer::new(head), AtomicU64::new(0));
+            let walked = device.launch(1, |context, _| {
+                let mut at = start.get();
+                while !at.is_null() {
+                    let word = at.wrapping_byte_add(std::mem::offset_of!(Node, value));
+                    let value = context.load(word.cast::<u64>())?;
+                    sum.fetch_add(value, Ordering::Relaxed);
+                    context.store(word.cast::<u64>(), value + 1)?;
+                    at = context.load(at.cast::<*mut Node>())?;
+                }
+                Ok(())
+            });
+            walked.unwrap();
+            sum.into_inner()
+        }
+        Device::Vulkan(_, device, _) => {
+            let words = Map::new(1);
+            words.set(0, head.expose_provenance() as u64);
+            let (heads, sum) = (words.word(0).addr() as u64, words.word(1).addr() as u64);
+            let [chase, walk] = [CHASE, WALK].map(|shader| {
+                // Both walk into pages that are not there; one has written by then.
+                program(device, shader, ProgramOptions::default())
+            });
+            let launched = device.launch(&chase, [1, 1, 1], &push(&chase, &[heads, sum, 1]));
+            println!("{:?}: {:?}", chase.on_demand(), launched.unwrap());
+            let launched = device.launch(&walk, [1, 1, 1], &push(&walk, &[heads, 1]));
+            println!("{:?}: {:?}", walk.on_demand(), launched.unwrap());
+            words.get(1)
+        }
+    }
+}
+
+on_each!(a_kernel_walks_and_changes_a_linked_list: software, vulkan);
+fn a_kernel_walks_and_changes_a_linked_list(kind: Kind) {
     let _dog = watchdog("a_kernel_walks_and_changes_a_linked_list", 60);
-    let (hmm, device) = engine(32);
+    let (hmm, device) = or_skip!(open(kind, 32));
     let mut head: *mut Node = std::ptr::null_mut();
     for value in 0..20_000u64 {
         head = Box::into_raw(Box::new(Node {
@@ -37,24 +79,7 @@ fn a_kernel_walks_and_changes_a_linked_list() {
             ballast: [value; 30],
         }));
     }
-    let start = Pointer::new(head);
-    let sum = AtomicU64::new(0);
-    device
-        .launch(1, |context, _| {
-            let mut at = start.get();
-            while !at.is_null() {
-                let value = context.load(at.cast::<u64>())?;
-                sum.fetch_add(value, Ordering::Relaxed);
-                context.store(at.cast::<u64>(), value + 1)?;
-                at = context.load(
-                    at.wrapping_byte_add(std::mem::offset_of!(Node, next))
-                        .cast::<*mut Node>(),
-                )?;
-            }
-            Ok(())
-        })
-        .unwrap();
-    assert_eq!(sum.into_inner(), 20_000 * 19_999 / 2);
+    assert_eq!(walk(&device, head), 20_000 * 19_999 / 2);
     let mut expected = 20_000;
     while !head.is_null() {
         // SAFETY: made by `Box::into_raw` above, and freed once.
@@ -68,38 +93,59 @@ fn a_kernel_walks_and_changes_a_linked_list() {
     hmm.shutdown().unwrap();
 }
 
-#[test]
-fn bad_pointers_in_a_kernel_are_errors() {
+on_each!(bad_pointers_in_a_kernel_are_errors: software, vulkan, waiting, named);
+fn bad_pointers_in_a_kernel_are_errors(kind: Kind) {
     let _dog = watchdog("bad_pointers_in_a_kernel_are_errors", 60);
-    let (hmm, device) = engine(8);
+    let (hmm, device) = or_skip!(open(kind, 8));
     let none = Map::with(1, libc::PROT_NONE, libc::MAP_PRIVATE, -1);
-    let bad: [(&str, usize); 5] = [
+    let (map, seen) = (Map::new(200), Map::new(1));
+    map.fill(1);
+    send(&hmm, map.range(), &device);
+    let bad: [(&str, usize); 7] = [
         ("null", 0),
         ("near null", 8),
         ("unmapped", 0x1000_0000),
+        ("the end of user space", (1 << 47) - 8),
         ("kernel", 0xffff_ffff_8000_0000),
+        ("the last word", usize::MAX - 7),
         ("PROT_NONE", none.at() as usize),
     ];
     for (what, address) in bad {
-        let at = Pointer::<u64>::new(std::ptr::with_exposed_provenance_mut(address));
-        for write in [false, true] {
+        let at = std::ptr::with_exposed_provenance_mut::<u64>(address);
+        for operation in [Operation::Load, Operation::Store, Operation::Add] {
             let error = device
-                .launch(3, |context, _| {
-                    if write {
-                        context.store(at.get(), 1)
-                    } else {
-                        context.load(at.get()).map(drop)
-                    }
-                })
+                .run(Work::new(operation, at).other(seen.word(0)))
                 .expect_err(what);
             println!("{what}: {error}");
-            let error = fault_of(&error);
+            let write = operation != Operation::Load;
             assert!(
-                error.contains("NotMapped") || (write && error.contains("ReadOnly")),
-                "{what}: {error}"
+                error.is("NotMapped") || (write && error.is("ReadOnly")),
+                "{what}: {}",
+                error.parts
             );
+            assert!(error.names(at), "{what} at {at:?}: {error}");
         }
     }
+    // And the device still works; nothing was lost.
+    device
+        .run(Work::new(Operation::Add, map.word(0)).pages(200).value(7))
+        .unwrap();
+    for page in 0..200 {
+        let index = page * WORDS;
+        assert_eq!(map.get(index), pattern(1, index).wrapping_add(7));
+        map.set(index, pattern(1, index));
+    }
+    map.check(1);
+    drop((map, seen));
+    all_free(&hmm, &device);
+    hmm.shutdown().unwrap();
+}
+
+/// What the software device's kernels are told besides.
+#[test]
+fn accesses_that_make_no_sense_are_errors() {
+    let _dog = watchdog("accesses_that_make_no_sense_are_errors", 60);
+    let (hmm, device) = engine(8);
     let end = Pointer::<[u64; 4]>::new(std::ptr::with_exposed_provenance_mut(usize::MAX - 7));
     let error = device
         .launch(1, |context, _| context.load(end.get()).map(drop))
@@ -128,7 +174,6 @@ fn bad_pointers_in_a_kernel_are_errors() {
         ),
         "{error}"
     );
-    // And the device still works.
     let map = Map::new(4);
     let first = Pointer::new(map.word(0));
     device
@@ -139,10 +184,11 @@ fn bad_pointers_in_a_kernel_are_errors() {
     hmm.shutdown().unwrap();
 }
 
-#[test]
-fn writes_to_read_only_memory_are_refused() {
+on_each!(writes_to_read_only_memory_are_refused: software, vulkan, waiting, named);
+fn writes_to_read_only_memory_are_refused(kind: Kind) {
     let _dog = watchdog("writes_to_read_only_memory_are_refused", 60);
-    let (hmm, device) = engine(8);
+    let (hmm, device) = or_skip!(open(kind, 8));
+    let seen = Map::new(1);
     // Once with pages at home, once on the device before they are protected.
     for away in [false, true] {
         let map = Map::new(8);
@@ -151,48 +197,41 @@ fn writes_to_read_only_memory_are_refused() {
             send(&hmm, map.range(), &device);
         }
         map.protect(0, 8, libc::PROT_READ);
-        let first = Pointer::new(map.word(0));
-        let error = device
-            .launch(1, |context, _| context.store(first.at(5), 99))
-            .expect_err("a store to read-only memory");
-        assert!(
-            fault_of(&error).contains("ReadOnly"),
-            "away: {away}: {error}"
-        );
-        let error = device
-            .launch(1, |context, _| context.fetch_add(first.at(5), 99).map(drop))
-            .expect_err("an atomic on read-only memory");
-        assert!(
-            fault_of(&error).contains("ReadOnly"),
-            "away: {away}: {error}"
-        );
-        let seen = AtomicU64::new(0);
+        for operation in [Operation::Store, Operation::Add, Operation::Multiply] {
+            let error = device
+                .run(Work::new(operation, map.word(5)).value(99))
+                .expect_err("a write to read-only memory");
+            // What is named is named by the page.
+            let named = map.word(if kind == Kind::Named { 0 } else { 5 });
+            assert!(
+                error.is("ReadOnly") && error.names(named),
+                "away: {away}: {error}"
+            );
+        }
         device
-            .launch(1, |context, _| {
-                seen.store(context.load(first.at(5))?, Ordering::Relaxed);
-                Ok(())
-            })
+            .run(Work::new(Operation::Load, map.word(5)).other(seen.word(0)))
             .unwrap();
-        assert_eq!(seen.into_inner(), pattern(1, 5));
+        assert_eq!(seen.get(0), pattern(1, 5));
         map.check(1);
     }
     // Program text and constants.
     static CONSTANT: [u64; 3] = [11, 12, 13];
-    let constant = Pointer::of(CONSTANT.as_ptr());
-    let seen = AtomicU64::new(0);
-    device
-        .launch(1, |context, _| {
-            seen.store(context.load(constant.at(1))?, Ordering::Relaxed);
-            Ok(())
-        })
-        .unwrap();
-    assert_eq!(seen.into_inner(), 12);
-    assert!(
-        device
-            .launch(1, |context, _| context.store(constant.at(1), 1))
-            .is_err()
-    );
+    let constant = CONSTANT.as_ptr().wrapping_add(1).cast_mut();
+    let read = device.run(Work::new(Operation::Load, constant).other(seen.word(0)));
+    if kind.works_in_place() {
+        read.unwrap();
+        assert_eq!(seen.get(0), 12);
+    } else {
+        let error = read.expect_err("a file's page, which cannot move");
+        assert!(
+            error.is("Unreachable { address") && error.is("FileBacked"),
+            "{error}"
+        );
+    }
+    let error = device.run(Work::new(Operation::Store, constant).value(1));
+    assert!(error.unwrap_err().is("ReadOnly"));
     assert_eq!(CONSTANT[1], 12);
+    drop(seen);
     hmm.shutdown().unwrap();
 }
 
@@ -268,10 +307,11 @@ fn the_engine_cannot_be_asked_from_a_kernel() {
     hmm.shutdown().unwrap();
 }
 
-#[test]
-fn failed_allocations_are_reported_and_harmless() {
+on_each!(failed_allocations_are_reported_and_harmless: software, vulkan, waiting, named);
+fn failed_allocations_are_reported_and_harmless(kind: Kind) {
+    const SOME: usize = 100;
     let _dog = watchdog("failed_allocations_are_reported_and_harmless", 60);
-    let (hmm, device) = engine(32);
+    let (hmm, device) = or_skip!(open(kind, 32));
     let map = Map::new(2000);
     map.fill(4);
     for count in [1, 3, 1_000_000] {
@@ -287,42 +327,50 @@ fn failed_allocations_are_reported_and_harmless() {
             "{report}"
         );
         map.check(4);
-        // A kernel works all the same: in place, if need be.
+        // A kernel works all the same, in place if need be; where it cannot it says so.
         device.injector().fail_allocations(count);
-        let first = Pointer::new(map.word(0));
-        device
-            .launch(100, |context, page| {
-                context.fetch_add(first.at(page * WORDS), 1).map(drop)
-            })
-            .unwrap();
-        for page in 0..100 {
-            assert_eq!(
-                map.get(page * WORDS),
-                pattern(4, page * WORDS).wrapping_add(1)
-            );
-            map.set(page * WORDS, pattern(4, page * WORDS));
+        let done = device.run(Work::new(Operation::Add, map.word(0)).pages(SOME).value(1));
+        match &done {
+            Ok(()) => {}
+            Err(error) => {
+                println!("{count} failures: {error}");
+                assert!(!kind.works_in_place(), "{error}");
+                assert!(
+                    error.is("Unreachable") && error.is("NoDeviceMemory"),
+                    "{error}"
+                );
+            }
+        }
+        for page in 0..SOME {
+            let index = page * WORDS;
+            let added = map.get(index).wrapping_sub(pattern(4, index));
+            // Not all have come so far when one fails.
+            assert!(added == 1 || (added == 0 && done.is_err()), "page {page}");
+            map.set(index, pattern(4, index));
         }
         device.injector().fail_allocations(0);
     }
     send(&hmm, map.range(), &device);
     device.injector().fail_maps(1000);
-    let first = Pointer::new(map.word(0));
-    let _ = device.launch(10, |context, page| {
-        context.load(first.at(page * WORDS)).map(drop)
-    });
+    let seen = Map::new(1);
+    let _ = device.run(
+        Work::new(Operation::Load, map.word(0))
+            .pages(10)
+            .other(seen.word(0)),
+    );
     device.injector().fail_maps(0);
     map.check(4);
-    drop(map);
+    drop((map, seen));
     all_free(&hmm, &device);
     hmm.shutdown().unwrap();
 }
 
-#[test]
-fn failed_copies_lose_nothing() {
+on_each!(failed_copies_lose_nothing: software, vulkan);
+fn failed_copies_lose_nothing(kind: Kind) {
     let _dog = watchdog("failed_copies_lose_nothing", 100);
     for at in [FailAt::Submit, FailAt::Wait] {
         for (after, count) in [(0, 1), (0, 5), (3, 2), (1, 40)] {
-            let (hmm, device) = engine(32);
+            let (hmm, device) = or_skip!(open(kind, 32));
             let map = Map::new(1500);
             map.fill(5);
             device.injector().fail_copies(after, count, at);
@@ -349,10 +397,10 @@ fn failed_copies_lose_nothing() {
     }
 }
 
-#[test]
-fn a_cpu_touch_survives_a_few_failed_copies() {
+on_each!(a_cpu_touch_survives_a_few_failed_copies: software, vulkan);
+fn a_cpu_touch_survives_a_few_failed_copies(kind: Kind) {
     let _dog = watchdog("a_cpu_touch_survives_a_few_failed_copies", 60);
-    let (hmm, device) = engine(32);
+    let (hmm, device) = or_skip!(open(kind, 32));
     let map = Map::new(100);
     map.fill(6);
     for at in [FailAt::Submit, FailAt::Wait] {
@@ -366,19 +414,19 @@ fn a_cpu_touch_survives_a_few_failed_copies() {
     hmm.shutdown().unwrap();
 }
 
-#[test]
-fn everything_comes_home_from_a_lost_device_that_is_readable() {
+on_each!(everything_comes_home_from_a_lost_device_that_is_readable: software, vulkan);
+fn everything_comes_home_from_a_lost_device_that_is_readable(kind: Kind) {
     let _dog = watchdog(
         "everything_comes_home_from_a_lost_device_that_is_readable",
         60,
     );
-    let (hmm, device) = engine(32);
+    let (hmm, device) = or_skip!(open(kind, 32));
     let map = Map::new(1500);
     map.fill(7);
     send(&hmm, map.range(), &device);
     device.injector().lose(LossMode::MemoryReadable);
     map.check_part(0, 10, 7);
-    assert!(device.launch(1, |_, _| Ok(())).is_err());
+    assert!(touch(&device, &map).is_err_and(|error| error.lost));
     match hmm.migrate(map.range(), device.id()) {
         Ok(report) => {
             adds_up(&report, map.range());
@@ -388,7 +436,7 @@ fn everything_comes_home_from_a_lost_device_that_is_readable() {
     }
     map.check(7);
     // Another one takes over.
-    let second = common::device(&hmm, 32);
+    let second = or_skip!(add(&hmm, kind, 32));
     send(&hmm, map.range(), &second);
     map.check(7);
     assert!(device.remove().unwrap());
@@ -400,11 +448,11 @@ fn everything_comes_home_from_a_lost_device_that_is_readable() {
     hmm.shutdown().unwrap();
 }
 
-#[test]
-fn touching_what_was_lost_raises_sigbus() {
+on_each!(touching_what_was_lost_raises_sigbus: software, vulkan);
+fn touching_what_was_lost_raises_sigbus(kind: Kind) {
     let _dog = watchdog("touching_what_was_lost_raises_sigbus", 60);
     if role().as_deref() == Some("lost") {
-        let (hmm, device) = engine(32);
+        let (hmm, device) = or_skip!(open(kind, 32));
         let (lost, kept) = (Map::new(100), Map::new(100));
         lost.fill(8);
         kept.fill(9);
@@ -415,10 +463,13 @@ fn touching_what_was_lost_raises_sigbus() {
         eprintln!("touched: {}", lost.get(50 * WORDS));
         return;
     }
-    let (hmm, _) = engine(1);
+    let (hmm, _) = or_skip!(open(kind, 1));
     let expected = signal_of_lost_data(&hmm);
     hmm.shutdown().unwrap();
-    let (status, text) = run(helper("touching_what_was_lost_raises_sigbus", "lost"), 30);
+    let (status, text) = run(
+        helper(&kind.test("touching_what_was_lost_raises_sigbus"), "lost"),
+        30,
+    );
     println!("{text}");
     let status = status.expect("a touch of lost memory hangs");
     assert!(text.contains("kept is right"));
@@ -426,11 +477,11 @@ fn touching_what_was_lost_raises_sigbus() {
     assert_eq!(signal, Some(expected), "{status}");
 }
 
-#[test]
-fn shutdown_after_a_loss_tells_and_ends() {
+on_each!(shutdown_after_a_loss_tells_and_ends: software, vulkan);
+fn shutdown_after_a_loss_tells_and_ends(kind: Kind) {
     let _dog = watchdog("shutdown_after_a_loss_tells_and_ends", 60);
     if role().as_deref() == Some("loss") {
-        let (hmm, device) = engine(32);
+        let (hmm, device) = or_skip!(open(kind, 32));
         let lost = Map::new(100);
         lost.fill(8);
         send(&hmm, lost.range(), &device);
@@ -441,17 +492,29 @@ fn shutdown_after_a_loss_tells_and_ends() {
         }
         return;
     }
-    let (status, text) = run(helper("shutdown_after_a_loss_tells_and_ends", "loss"), 30);
+    let (status, text) = run(
+        helper(&kind.test("shutdown_after_a_loss_tells_and_ends"), "loss"),
+        30,
+    );
     println!("{text}");
     assert!(status.expect("shutdown hangs").success());
     assert!(text.contains("shutdown: "), "lost data must be told about");
 }
 
-#[test]
-fn pages_go_from_device_to_device() {
+/// What works beside a device of this kind.
+fn another(kind: Kind) -> Kind {
+    match kind {
+        Kind::Software | Kind::Vulkan => Kind::Software,
+        Kind::Waiting => Kind::Vulkan,
+        Kind::Named => Kind::Waiting,
+    }
+}
+
+on_each!(pages_go_from_device_to_device: software, vulkan, waiting, named);
+fn pages_go_from_device_to_device(kind: Kind) {
     let _dog = watchdog("pages_go_from_device_to_device", 60);
-    let (hmm, first) = engine(32);
-    let second = device(&hmm, 16);
+    let (hmm, first) = or_skip!(open(kind, 32));
+    let second = or_skip!(add(&hmm, another(kind), 16));
     let map = Map::new(3000);
     map.fill(10);
     for round in 0..3 {
@@ -460,17 +523,11 @@ fn pages_go_from_device_to_device() {
         send(&hmm, map.part(500, 2000), &second);
         assert_eq!(on_device(&hmm, map.range(), &second), 2000, "round {round}");
         assert_eq!(on_device(&hmm, map.range(), &first), 1000, "round {round}");
-        let word = Pointer::new(map.word(0));
+        let work = Work::new(Operation::Add, map.word(0)).pages(3000).value(1);
         // Both devices at once on all of it.
         std::thread::scope(|scope| {
             for device in [&first, &second] {
-                scope.spawn(|| {
-                    device
-                        .launch(3000, |context, page| {
-                            context.fetch_add(word.at(page * WORDS), 1).map(drop)
-                        })
-                        .unwrap();
-                });
+                scope.spawn(move || device.run(work).unwrap());
             }
         });
         for page in 0..3000 {
@@ -516,10 +573,10 @@ fn a_cpu_touch_revokes_exclusive_pages() {
     hmm.shutdown().unwrap();
 }
 
-#[test]
-fn atomics_of_cpus_and_a_device_add_up() {
+on_each!(atomics_of_cpus_and_a_device_add_up: software, vulkan, waiting);
+fn atomics_of_cpus_and_a_device_add_up(kind: Kind) {
     let _dog = watchdog("atomics_of_cpus_and_a_device_add_up", 60);
-    let (hmm, device) = engine(8);
+    let (hmm, device) = or_skip!(open(kind, 8));
     let map = Map::new(4);
     let first = Pointer::new(map.word(0));
     std::thread::scope(|scope| {
@@ -538,42 +595,27 @@ fn atomics_of_cpus_and_a_device_add_up() {
             }
         });
         scope.spawn(|| {
+            let work = Work::new(Operation::Add, map.word(0)).pages(4).value(1);
             for _ in 0..10 {
-                device
-                    .launch(100, |context, group| {
-                        for turn in 0..20 {
-                            context.fetch_add(first.at((group + turn) % 4 * WORDS), 1)?;
-                        }
-                        Ok(())
-                    })
-                    .unwrap();
+                device.run(work.times(500)).unwrap();
             }
         });
     });
     let sum: u64 = (0..4).map(|page| map.get(page * WORDS)).sum();
-    assert_eq!(sum, 2 * 20_000 + 10 * 100 * 20);
+    assert_eq!(sum, 2 * 20_000 + 10 * 4 * 500);
     drop(map);
     hmm.shutdown().unwrap();
 }
 
-#[test]
-fn four_times_the_devices_memory_works() {
+on_each!(four_times_the_devices_memory_works: software, vulkan, waiting);
+fn four_times_the_devices_memory_works(kind: Kind) {
     let _dog = watchdog("four_times_the_devices_memory_works", 100);
-    let (hmm, device) = engine(4);
+    let (hmm, device) = or_skip!(open(kind, 4));
     let map = Map::new(4 * 1024);
     map.fill(12);
-    let first = Pointer::new(map.word(0));
+    let all = Work::new(Operation::Multiply, map.word(0)).count(4 * 1024 * WORDS);
     for _ in 0..3 {
-        device
-            .launch(4 * 1024, |context, page| {
-                let mut words = [0u64; WORDS];
-                context.read_slice(first.at(page * WORDS).cast_const(), &mut words)?;
-                for word in &mut words {
-                    *word = word.wrapping_mul(3);
-                }
-                context.write_slice(first.at(page * WORDS), &words)
-            })
-            .unwrap();
+        device.run(all.value(3)).unwrap();
     }
     for index in 0..4 * 1024 * WORDS {
         assert_eq!(
@@ -598,10 +640,10 @@ fn four_times_the_devices_memory_works() {
     hmm.shutdown().unwrap();
 }
 
-#[test]
-fn a_request_evicts_what_others_have_there() {
+on_each!(a_request_evicts_what_others_have_there: software, vulkan);
+fn a_request_evicts_what_others_have_there(kind: Kind) {
     let _dog = watchdog("a_request_evicts_what_others_have_there", 60);
-    let (hmm, device) = engine(4);
+    let (hmm, device) = or_skip!(open(kind, 4));
     let maps: Vec<Map> = (0..4).map(|_| Map::new(800)).collect();
     for (seed, map) in (1..).zip(&maps) {
         map.fill(seed);
@@ -619,28 +661,28 @@ fn a_request_evicts_what_others_have_there() {
     hmm.shutdown().unwrap();
 }
 
-#[test]
-fn a_removed_device_leaves_everything_at_home() {
+on_each!(a_removed_device_leaves_everything_at_home: software, vulkan);
+fn a_removed_device_leaves_everything_at_home(kind: Kind) {
     let _dog = watchdog("a_removed_device_leaves_everything_at_home", 60);
-    let (hmm, first) = engine(16);
+    let (hmm, first) = or_skip!(open(kind, 16));
     let map = Map::new(2000);
     map.fill(13);
     send(&hmm, map.range(), &first);
     assert!(first.remove().unwrap());
     assert_eq!(hmm.residency(map.range()).unwrap().in_system().get(), 2000);
     map.check(13);
-    assert!(first.launch(1, |_, _| Ok(())).is_err());
+    assert!(touch(&first, &map).is_err_and(|error| error.lost));
     assert!(first.remove().is_err() || !first.remove().unwrap());
-    let second = device(&hmm, 16);
+    let second = or_skip!(add(&hmm, kind, 16));
     send(&hmm, map.range(), &second);
     map.check(13);
     drop(map);
     hmm.shutdown().unwrap();
 }
 
+on_each!(a_device_that_is_removed_while_pages_go_there_keeps_none: software, vulkan);
 /// What is on its way to a device when that is removed does not get lost there.
-#[test]
-fn a_device_that_is_removed_while_pages_go_there_keeps_none() {
+fn a_device_that_is_removed_while_pages_go_there_keeps_none(kind: Kind) {
     let _dog = watchdog(
         "a_device_that_is_removed_while_pages_go_there_keeps_none",
         60,
@@ -650,7 +692,7 @@ fn a_device_that_is_removed_while_pages_go_there_keeps_none() {
     map.fill(14);
     // An engine has so many devices over its life.
     for round in 0..15 {
-        let first = device(&hmm, 64);
+        let first = or_skip!(add(&hmm, kind, 64));
         let prefetch = hmm.prefetch(map.range(), first.id()).unwrap();
         std::thread::sleep(std::time::Duration::from_millis(round % 5));
         assert!(first.remove().unwrap(), "round {round}");
@@ -662,13 +704,13 @@ fn a_device_that_is_removed_while_pages_go_there_keeps_none() {
     hmm.shutdown().unwrap();
 }
 
-#[test]
-fn shutdown_brings_everything_home() {
+on_each!(shutdown_brings_everything_home: software, vulkan);
+fn shutdown_brings_everything_home(kind: Kind) {
     let _dog = watchdog("shutdown_brings_everything_home", 60);
     let map = Map::new(2000);
     map.fill(14);
     for _ in 0..3 {
-        let (hmm, device) = engine(16);
+        let (hmm, device) = or_skip!(open(kind, 16));
         send(&hmm, map.range(), &device);
         let prefetch = hmm.prefetch(map.range(), device.id()).unwrap();
         drop(prefetch);

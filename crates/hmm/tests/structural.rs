@@ -8,15 +8,13 @@
 mod common;
 
 use std::process::Command;
-use std::sync::atomic::{AtomicU32, Ordering};
-
 use std::sync::Barrier;
 
 use common::{
-    HUGE, Map, PAGE, Rng, WORDS, all_free, engine, fetch, fork, nothing_staged, on_device, pattern,
-    send, wait, watchdog,
+    AnyDevice, Device, HUGE, Kind, Map, Operation, PAGE, Rng, WORDS, Work, all_free, fetch, fork,
+    nothing_staged, on_device, open, pattern, send, wait, watchdog,
 };
-use hmm::{PageRange, Pointer, StayReason, VirtAddr};
+use hmm::{PageRange, StayReason, VirtAddr};
 
 const PAGES: usize = 1500;
 
@@ -28,7 +26,7 @@ const MIXES: [&str; 4] = [
     "every third page away",
 ];
 
-fn mix(hmm: &hmm::Hmm, device: &hmm::SoftwareDevice, map: &Map, how: usize) {
+fn mix(hmm: &hmm::Hmm, device: &Device, map: &Map, how: usize) {
     match how {
         0 => {}
         1 => drop(send(hmm, map.range(), device)),
@@ -45,16 +43,16 @@ fn mix(hmm: &hmm::Hmm, device: &hmm::SoftwareDevice, map: &Map, how: usize) {
     }
 }
 
-fn end(hmm: hmm::Hmm, device: &hmm::SoftwareDevice) {
+fn end(hmm: hmm::Hmm, device: &Device) {
     all_free(&hmm, device);
     nothing_staged(&hmm);
     hmm.shutdown().expect("a clean end");
 }
 
-#[test]
-fn munmap_of_device_pages_frees_their_frames() {
+on_each!(munmap_of_device_pages_frees_their_frames: software, vulkan);
+fn munmap_of_device_pages_frees_their_frames(kind: Kind) {
     let _dog = watchdog("munmap_of_device_pages_frees_their_frames", 60);
-    let (hmm, device) = engine(16);
+    let (hmm, device) = or_skip!(open(kind, 16));
     for how in 0..MIXES.len() {
         let map = Map::new(PAGES);
         map.fill(1);
@@ -66,10 +64,10 @@ fn munmap_of_device_pages_frees_their_frames() {
     end(hmm, &device);
 }
 
-#[test]
-fn partial_munmap_leaves_the_neighbours_alone() {
+on_each!(partial_munmap_leaves_the_neighbours_alone: software, vulkan);
+fn partial_munmap_leaves_the_neighbours_alone(kind: Kind) {
     let _dog = watchdog("partial_munmap_leaves_the_neighbours_alone", 60);
-    let (hmm, device) = engine(16);
+    let (hmm, device) = or_skip!(open(kind, 16));
     for how in 0..MIXES.len() {
         let map = Map::new(PAGES);
         map.fill(2);
@@ -99,10 +97,10 @@ fn partial_munmap_leaves_the_neighbours_alone() {
     end(hmm, &device);
 }
 
-#[test]
-fn what_is_mapped_anew_at_the_same_place_is_zero() {
+on_each!(what_is_mapped_anew_at_the_same_place_is_zero: software, vulkan);
+fn what_is_mapped_anew_at_the_same_place_is_zero(kind: Kind) {
     let _dog = watchdog("what_is_mapped_anew_at_the_same_place_is_zero", 60);
-    let (hmm, device) = engine(16);
+    let (hmm, device) = or_skip!(open(kind, 16));
     for how in 0..MIXES.len() {
         let map = Map::new(PAGES);
         map.fill(3);
@@ -139,10 +137,10 @@ fn what_is_mapped_anew_at_the_same_place_is_zero() {
     end(hmm, &device);
 }
 
-#[test]
-fn mremap_moves_the_content_wherever_it_is() {
+on_each!(mremap_moves_the_content_wherever_it_is: software, vulkan);
+fn mremap_moves_the_content_wherever_it_is(kind: Kind) {
     let _dog = watchdog("mremap_moves_the_content_wherever_it_is", 60);
-    let (hmm, device) = engine(16);
+    let (hmm, device) = or_skip!(open(kind, 16));
     for how in 0..MIXES.len() {
         let map = Map::new(PAGES);
         map.fill(5);
@@ -170,10 +168,10 @@ fn mremap_moves_the_content_wherever_it_is() {
     end(hmm, &device);
 }
 
-#[test]
-fn mremap_grows_with_zeros_and_shrinks() {
+on_each!(mremap_grows_with_zeros_and_shrinks: software, vulkan);
+fn mremap_grows_with_zeros_and_shrinks(kind: Kind) {
     let _dog = watchdog("mremap_grows_with_zeros_and_shrinks", 60);
-    let (hmm, device) = engine(32);
+    let (hmm, device) = or_skip!(open(kind, 32));
     for how in 0..MIXES.len() {
         let map = Map::new(PAGES);
         map.fill(6);
@@ -201,10 +199,10 @@ fn mremap_grows_with_zeros_and_shrinks() {
     end(hmm, &device);
 }
 
-#[test]
-fn mremap_dontunmap_leaves_zeros_behind() {
+on_each!(mremap_dontunmap_leaves_zeros_behind: software, vulkan);
+fn mremap_dontunmap_leaves_zeros_behind(kind: Kind) {
     let _dog = watchdog("mremap_dontunmap_leaves_zeros_behind", 60);
-    let (hmm, device) = engine(32);
+    let (hmm, device) = or_skip!(open(kind, 32));
     for how in 0..MIXES.len() {
         let map = Map::new(PAGES);
         map.fill(8);
@@ -223,10 +221,10 @@ fn mremap_dontunmap_leaves_zeros_behind() {
     end(hmm, &device);
 }
 
-#[test]
-fn madvise_dontneed_reads_as_zeros() {
+on_each!(madvise_dontneed_reads_as_zeros: software, vulkan);
+fn madvise_dontneed_reads_as_zeros(kind: Kind) {
     let _dog = watchdog("madvise_dontneed_reads_as_zeros", 60);
-    let (hmm, device) = engine(16);
+    let (hmm, device) = or_skip!(open(kind, 16));
     for how in 0..MIXES.len() {
         let map = Map::new(PAGES);
         map.fill(10);
@@ -244,36 +242,38 @@ fn madvise_dontneed_reads_as_zeros() {
     end(hmm, &device);
 }
 
-#[test]
-fn a_device_reads_zeros_after_madvise_dontneed() {
+on_each!(a_device_reads_zeros_after_madvise_dontneed: software, vulkan, waiting, named);
+fn a_device_reads_zeros_after_madvise_dontneed(kind: Kind) {
     let _dog = watchdog("a_device_reads_zeros_after_madvise_dontneed", 60);
-    let (hmm, device) = engine(16);
+    let (hmm, device) = or_skip!(open(kind, 16));
     for how in 0..MIXES.len() {
         let map = Map::new(256);
         map.fill(12);
         mix(&hmm, &device, &map, how);
         assert!(map.advise(0, 256, libc::MADV_DONTNEED));
-        let first = Pointer::new(map.word(0));
-        let wrong = AtomicU32::new(0);
+        let seen = Map::new(1);
+        seen.fill(1);
+        let first = map.word(0);
         device
-            .launch(256, |context, page| {
-                if context.load(first.at(page * WORDS))? != 0 {
-                    wrong.fetch_add(1, Ordering::Relaxed);
-                }
-                context.store(first.at(page * WORDS), page as u64)?;
-                Ok(())
-            })
+            .run(
+                Work::new(Operation::Load, first)
+                    .pages(256)
+                    .other(seen.word(0)),
+            )
             .unwrap();
-        assert_eq!(wrong.into_inner(), 0, "{}", MIXES[how]);
+        assert!((0..256).all(|page| seen.get(page) == 0), "{}", MIXES[how]);
+        device
+            .run(Work::new(Operation::Store, first).pages(256))
+            .unwrap();
         assert!((0..256).all(|page| map.get(page * WORDS) == page as u64));
     }
     end(hmm, &device);
 }
 
-#[test]
-fn madvise_free_reads_as_data_or_zeros() {
+on_each!(madvise_free_reads_as_data_or_zeros: software, vulkan);
+fn madvise_free_reads_as_data_or_zeros(kind: Kind) {
     let _dog = watchdog("madvise_free_reads_as_data_or_zeros", 60);
-    let (hmm, device) = engine(16);
+    let (hmm, device) = or_skip!(open(kind, 16));
     for how in 0..MIXES.len() {
         let map = Map::new(PAGES);
         map.fill(13);
@@ -305,10 +305,10 @@ fn madvise_free_reads_as_data_or_zeros() {
     end(hmm, &device);
 }
 
-#[test]
-fn mprotect_of_device_pages_is_obeyed() {
+on_each!(mprotect_of_device_pages_is_obeyed: software, vulkan);
+fn mprotect_of_device_pages_is_obeyed(kind: Kind) {
     let _dog = watchdog("mprotect_of_device_pages_is_obeyed", 60);
-    let (hmm, device) = engine(16);
+    let (hmm, device) = or_skip!(open(kind, 16));
     let map = Map::new(64);
     map.fill(15);
     send(&hmm, map.range(), &device);
@@ -323,10 +323,10 @@ fn mprotect_of_device_pages_is_obeyed() {
     end(hmm, &device);
 }
 
-#[test]
-fn eviction_of_protected_pages_brings_them_home() {
+on_each!(eviction_of_protected_pages_brings_them_home: software, vulkan);
+fn eviction_of_protected_pages_brings_them_home(kind: Kind) {
     let _dog = watchdog("eviction_of_protected_pages_brings_them_home", 60);
-    let (hmm, device) = engine(16);
+    let (hmm, device) = or_skip!(open(kind, 16));
     for protection in [libc::PROT_READ, libc::PROT_NONE] {
         let map = Map::new(64);
         map.fill(16);
@@ -340,10 +340,10 @@ fn eviction_of_protected_pages_brings_them_home() {
     end(hmm, &device);
 }
 
-#[test]
-fn a_child_reads_what_was_there_at_the_fork() {
+on_each!(a_child_reads_what_was_there_at_the_fork: software, vulkan, waiting, named);
+fn a_child_reads_what_was_there_at_the_fork(kind: Kind) {
     let _dog = watchdog("a_child_reads_what_was_there_at_the_fork", 100);
-    let (hmm, device) = engine(32);
+    let (hmm, device) = or_skip!(open(kind, 32));
     for how in 0..MIXES.len() {
         let map = Map::new(PAGES);
         map.fill(20);
@@ -359,16 +359,8 @@ fn a_child_reads_what_was_there_at_the_fork() {
         map.fill_part(0, 100, 21);
         fetch(&hmm, map.part(100, 600));
         map.fill_part(100, 1000, 21);
-        let first = Pointer::new(map.word(0));
-        device
-            .launch(PAGES, |context, page| {
-                for word in 0..WORDS {
-                    let index = page * WORDS + word;
-                    context.store(first.at(index), pattern(22, index))?;
-                }
-                Ok(())
-            })
-            .unwrap();
+        let all = Work::new(Operation::Fill, map.word(0)).count(PAGES * WORDS);
+        device.run(all.value(22)).unwrap();
         go.set(0, 1);
         assert_eq!(
             wait(child),
@@ -381,10 +373,10 @@ fn a_child_reads_what_was_there_at_the_fork() {
     end(hmm, &device);
 }
 
-#[test]
-fn a_child_without_haste_is_served_to_the_end() {
+on_each!(a_child_without_haste_is_served_to_the_end: software, vulkan);
+fn a_child_without_haste_is_served_to_the_end(kind: Kind) {
     let _dog = watchdog("a_child_without_haste_is_served_to_the_end", 60);
-    let (hmm, device) = engine(32);
+    let (hmm, device) = or_skip!(open(kind, 32));
     let map = Map::new(PAGES);
     map.fill(23);
     send(&hmm, map.range(), &device);
@@ -400,10 +392,10 @@ fn a_child_without_haste_is_served_to_the_end() {
     end(hmm, &device);
 }
 
-#[test]
-fn writes_after_a_fork_stay_on_their_side() {
+on_each!(writes_after_a_fork_stay_on_their_side: software, vulkan);
+fn writes_after_a_fork_stay_on_their_side(kind: Kind) {
     let _dog = watchdog("writes_after_a_fork_stay_on_their_side", 60);
-    let (hmm, device) = engine(32);
+    let (hmm, device) = or_skip!(open(kind, 32));
     for how in 0..MIXES.len() {
         let map = Map::new(PAGES);
         map.fill(24);
@@ -423,18 +415,21 @@ fn writes_after_a_fork_stay_on_their_side() {
     end(hmm, &device);
 }
 
-#[test]
-fn exclusive_pages_are_right_in_a_child() {
+on_each!(exclusive_pages_are_right_in_a_child: software, vulkan, waiting, named);
+fn exclusive_pages_are_right_in_a_child(kind: Kind) {
     let _dog = watchdog("exclusive_pages_are_right_in_a_child", 60);
-    let (hmm, device) = engine(32);
+    let (hmm, device) = or_skip!(open(kind, 32));
     let map = Map::new(300);
     map.fill(26);
-    let report = hmm.exclusive(map.range(), device.id()).unwrap();
-    common::adds_up(&report, map.range());
+    match hmm.exclusive(map.range(), device.id()) {
+        Ok(report) => common::adds_up(&report, map.range()),
+        // Then its own memory has to do.
+        Err(hmm::Error::NotInPlace { .. }) => drop(send(&hmm, map.range(), &device)),
+        Err(error) => panic!("{error}"),
+    }
     let child = fork(|| i32::from(map.wrong(0, 300, 26).is_some()));
-    let word = Pointer::new(map.word(0));
     device
-        .launch(1, |context, _| context.store(word.get(), 1))
+        .run(Work::new(Operation::Store, map.word(0)).value(1))
         .unwrap();
     assert_eq!(wait(child), 0);
     assert_eq!(map.get(0), 1);
@@ -443,10 +438,10 @@ fn exclusive_pages_are_right_in_a_child() {
     end(hmm, &device);
 }
 
-#[test]
-fn a_chain_of_forks_reads_right_data() {
+on_each!(a_chain_of_forks_reads_right_data: software, vulkan);
+fn a_chain_of_forks_reads_right_data(kind: Kind) {
     let _dog = watchdog("a_chain_of_forks_reads_right_data", 60);
-    let (hmm, device) = engine(32);
+    let (hmm, device) = or_skip!(open(kind, 32));
     let map = Map::new(PAGES);
     map.fill(27);
     send(&hmm, map.range(), &device);
@@ -475,10 +470,10 @@ fn a_chain_of_forks_reads_right_data() {
     end(hmm, &device);
 }
 
-#[test]
-fn a_child_may_unmap_and_remap_what_it_is_owed() {
+on_each!(a_child_may_unmap_and_remap_what_it_is_owed: software, vulkan);
+fn a_child_may_unmap_and_remap_what_it_is_owed(kind: Kind) {
     let _dog = watchdog("a_child_may_unmap_and_remap_what_it_is_owed", 60);
-    let (hmm, device) = engine(32);
+    let (hmm, device) = or_skip!(open(kind, 32));
     let map = Map::new(PAGES);
     map.fill(29);
     send(&hmm, map.range(), &device);
@@ -509,10 +504,10 @@ fn a_child_may_unmap_and_remap_what_it_is_owed() {
     end(hmm, &device);
 }
 
-#[test]
-fn a_child_does_not_see_what_it_may_not_see() {
+on_each!(a_child_does_not_see_what_it_may_not_see: software, vulkan);
+fn a_child_does_not_see_what_it_may_not_see(kind: Kind) {
     let _dog = watchdog("a_child_does_not_see_what_it_may_not_see", 60);
-    let (hmm, device) = engine(32);
+    let (hmm, device) = or_skip!(open(kind, 32));
     let map = Map::new(300);
     map.fill(30);
     assert!(map.advise(0, 100, libc::MADV_WIPEONFORK));
@@ -536,10 +531,10 @@ fn a_child_does_not_see_what_it_may_not_see() {
     end(hmm, &device);
 }
 
-#[test]
-fn many_children_at_once_are_served() {
+on_each!(many_children_at_once_are_served: software, vulkan);
+fn many_children_at_once_are_served(kind: Kind) {
     let _dog = watchdog("many_children_at_once_are_served", 60);
-    let (hmm, device) = engine(32);
+    let (hmm, device) = or_skip!(open(kind, 32));
     let map = Map::new(200);
     map.fill(31);
     send(&hmm, map.range(), &device);
@@ -558,12 +553,12 @@ fn many_children_at_once_are_served() {
     end(hmm, &device);
 }
 
+on_each!(children_that_look_about_find_all_of_it: software, vulkan);
 /// Many of these faults are served when the child has the page already: with
 /// another one, or in the background.
-#[test]
-fn children_that_look_about_find_all_of_it() {
+fn children_that_look_about_find_all_of_it(kind: Kind) {
     let _dog = watchdog("children_that_look_about_find_all_of_it", 60);
-    let (hmm, device) = engine(8);
+    let (hmm, device) = or_skip!(open(kind, 8));
     let maps = [false, true].map(|huge| Map::aligned(2 * HUGE, huge));
     maps.iter().for_each(|map| map.fill(33));
     for round in 0..40 {
@@ -592,10 +587,10 @@ fn children_that_look_about_find_all_of_it() {
     end(hmm, &device);
 }
 
-#[test]
-fn children_that_are_killed_leave_nothing_behind() {
+on_each!(children_that_are_killed_leave_nothing_behind: software, vulkan);
+fn children_that_are_killed_leave_nothing_behind(kind: Kind) {
     let _dog = watchdog("children_that_are_killed_leave_nothing_behind", 60);
-    let (hmm, device) = engine(32);
+    let (hmm, device) = or_skip!(open(kind, 32));
     let map = Map::new(PAGES);
     map.fill(32);
     for _ in 0..10 {
@@ -614,10 +609,10 @@ fn children_that_are_killed_leave_nothing_behind() {
     end(hmm, &device);
 }
 
-#[test]
-fn commands_start_while_pages_are_away() {
+on_each!(commands_start_while_pages_are_away: software, vulkan);
+fn commands_start_while_pages_are_away(kind: Kind) {
     let _dog = watchdog("commands_start_while_pages_are_away", 60);
-    let (hmm, device) = engine(32);
+    let (hmm, device) = or_skip!(open(kind, 32));
     let mut data: Vec<u64> = (0..200_000).collect();
     for _ in 0..10 {
         hmm.migrate(&mut data[..], device.id()).unwrap();
@@ -639,10 +634,10 @@ fn commands_start_while_pages_are_away() {
     hmm.shutdown().unwrap();
 }
 
-#[test]
-fn another_mapping_that_replaces_device_pages_wins() {
+on_each!(another_mapping_that_replaces_device_pages_wins: software, vulkan);
+fn another_mapping_that_replaces_device_pages_wins(kind: Kind) {
     let _dog = watchdog("another_mapping_that_replaces_device_pages_wins", 60);
-    let (hmm, device) = engine(16);
+    let (hmm, device) = or_skip!(open(kind, 16));
     let map = Map::new(64);
     map.fill(34);
     send(&hmm, map.range(), &device);
@@ -664,15 +659,15 @@ fn another_mapping_that_replaces_device_pages_wins() {
     end(hmm, &device);
 }
 
+on_each!(memory_remapped_to_where_other_memory_was_is_kept: software, vulkan);
 /// One mremap is reported twice; in between, another thread's memory arrives
 /// where the first thread's was.
-#[test]
-fn memory_remapped_to_where_other_memory_was_is_kept() {
+fn memory_remapped_to_where_other_memory_was_is_kept(kind: Kind) {
     const FEW: usize = 16;
     const ROUNDS: u32 = 200;
     const TRIES: u32 = 10_000;
     let _dog = watchdog("memory_remapped_to_where_other_memory_was_is_kept", 60);
-    let (hmm, device) = engine(8);
+    let (hmm, device) = or_skip!(open(kind, 8));
     let mut met = 0;
     for _ in 0..ROUNDS {
         let (first, second) = (Map::new(FEW), Map::new(FEW));

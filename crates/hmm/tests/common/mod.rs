@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test binary uses some of it")]
 #![allow(unreachable_pub, reason = "one module in many binaries")]
 
+pub mod either;
 pub mod peer;
 pub mod pool;
 
@@ -15,6 +16,9 @@ use hmm::{
     ByteCount, Hmm, PAGE_SIZE, PageCount, PageRange, Report, SoftwareDevice, SoftwareOptions,
     StayReason, VirtAddr,
 };
+
+#[allow(unused_imports, reason = "each test binary uses some of it")]
+pub use either::{AnyDevice, Device, Failure, Kind, Operation, Work, add, open};
 
 /// Bytes of a page.
 pub const PAGE: usize = 4096;
@@ -92,7 +96,7 @@ pub fn device(hmm: &Hmm, mib: u64) -> SoftwareDevice {
 
 /// Moves all of `range` to the device, with patience for what is only busy or
 /// was given back a moment ago.
-pub fn send(hmm: &Hmm, range: PageRange, device: &SoftwareDevice) -> Report {
+pub fn send(hmm: &Hmm, range: PageRange, device: &impl AnyDevice) -> Report {
     let end = Instant::now() + Duration::from_secs(10);
     loop {
         let report = hmm.migrate(range, device.id()).expect("a migration");
@@ -148,7 +152,7 @@ pub fn adds_up(report: &Report, range: PageRange) {
 }
 
 /// Pages of `range` on the device.
-pub fn on_device(hmm: &Hmm, range: PageRange, device: &SoftwareDevice) -> u64 {
+pub fn on_device(hmm: &Hmm, range: PageRange, device: &impl AnyDevice) -> u64 {
     hmm.residency(range)
         .expect("residency")
         .on_device(device.id())
@@ -157,7 +161,7 @@ pub fn on_device(hmm: &Hmm, range: PageRange, device: &SoftwareDevice) -> u64 {
 
 /// Nothing of the device's memory is in use once all is home. (A kernel's fault
 /// takes along neighbours that belong to others: the test's own heap, say.)
-pub fn all_free(hmm: &Hmm, device: &SoftwareDevice) {
+pub fn all_free(hmm: &Hmm, device: &impl AnyDevice) {
     let everything = PageRange::span(VirtAddr::new(4096), VirtAddr::new((1 << 47) - 8192));
     hmm.evict(everything).expect("an eviction");
     let end = Instant::now() + Duration::from_secs(10);
