@@ -1,4 +1,4 @@
-//! Many threads, two devices, all that a program does to its memory, at once and
+//! Many threads, several devices, all that a program does to its memory, at once and
 //! for a minute, against an oracle. Each region has an owner who knows what must
 //! be in it; movers shuffle all regions around meanwhile.
 //!
@@ -19,10 +19,20 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use common::either::{add_vulkan, program, push};
 use common::{
-    HUGE, Map, PAGE, Rng, WORDS, all_free, fork, nothing_staged, pattern, wait, watchdog,
+    AnyDevice, Device, HUGE, Kind, Map, Operation, PAGE, Rng, WORDS, Work, all_free, fork,
+    nothing_staged, pattern, wait, watchdog,
 };
-use hmm::{Error, Hmm, PageCount, PageRange, Pointer, SoftwareDevice, VirtAddr};
+use hmm::{
+    ByteCount, Demand, Error, Hmm, PageCount, PageRange, Program, ProgramOptions, VirtAddr,
+    VulkanDevice, VulkanOptions,
+};
+
+/// Increments the values of a list: not to be done twice.
+const WALK: &[u8] = include_bytes!("kernels/walk_write.spv");
+/// Writes twice.
+const TWICE: &[u8] = include_bytes!("kernels/twice.spv");
 
 /// Pages of each owner's region.
 const REGION: usize = 700;
@@ -33,7 +43,9 @@ const COUNTER_PAGES: usize = 64;
 /// What all threads share.
 struct Field {
     hmm: Hmm,
-    devices: [SoftwareDevice; 2],
+    /// Several can be ways to use one.
+    devices: Vec<Device>,
+    vulkan: Option<VulkanDevice>,
     stop: AtomicBool,
     /// Where each region is now: address and pages. A hint for movers.
     regions: Mutex<Vec<(usize, usize)>>,
@@ -45,12 +57,52 @@ impl Field {
     fn open() -> Self {
         let (hmm, first) = common::engine(12);
         let second = common::device(&hmm, 6);
+        Self::of(hmm, vec![first.into(), second.into()], None)
+    }
+
+    /// The same, where one of them is a Vulkan device.
+    fn with_vulkan() -> Result<Self, String> {
+        let (hmm, first) = common::engine(8);
+        let options = VulkanOptions::new(ByteCount::mib(10)).poison_freed(true);
+        let vulkan = add_vulkan(&hmm, options)?;
+        let ways = [Kind::Vulkan, Kind::Waiting, Kind::Named];
+        let ways = ways.map(|kind| Device::vulkan(kind, vulkan));
+        let devices = std::iter::once(first.into()).chain(ways).collect();
+        Ok(Self::of(hmm, devices, Some(vulkan)))
+    }
+
+    fn of(hmm: Hmm, devices: Vec<Device>, vulkan: Option<VulkanDevice>) -> Self {
         Self {
             hmm,
-            devices: [first, second],
+            devices,
+            vulkan,
             stop: AtomicBool::new(false),
             regions: Mutex::new(Vec::new()),
             without: std::env::var("HMM_STRESS_WITHOUT").unwrap_or_default(),
+        }
+    }
+
+    /// Does the work on a device; false when that could not have all of it at one time,
+    /// and nothing was done.
+    fn run(&self, number: usize, work: Work) -> bool {
+        match self.devices[number].run(work) {
+            Ok(()) => true,
+            Err(error) => {
+                let named = self.devices[number].kind() == Kind::Named;
+                assert!(named && error.is("Thrash"), "{}: {error}", error.parts);
+                false
+            }
+        }
+    }
+
+    /// Fills pages with a pattern, by whatever can do that.
+    fn fill(&self, rng: &mut Rng, map: &Map, first: usize, pages: usize, seed: u64) {
+        let number = rng.below(2 * self.devices.len());
+        let word = first * WORDS;
+        let work = Work::new(Operation::Fill, map.word(word)).count(pages * WORDS);
+        let by_cpu = number >= self.devices.len() || self.leaves_out("kernels");
+        if by_cpu || !self.run(number, work.first(word).value(seed)) {
+            map.fill_part(first, pages, seed);
         }
     }
 
@@ -93,7 +145,7 @@ fn mover(field: &Field, seed: u64) -> String {
     let (mut calls, mut moved, mut stayed) = (0u64, 0u64, 0u64);
     while field.goes_on() {
         let range = field.pick(&mut rng);
-        let device = field.devices[rng.below(2)].id();
+        let device = field.devices[rng.below(field.devices.len())].id();
         let result = match rng.below(10) {
             0..=4 => field.hmm.migrate(range, device),
             5 | 6 => field.hmm.evict(range),
@@ -111,7 +163,7 @@ fn mover(field: &Field, seed: u64) -> String {
                 moved += report.moved.get();
                 stayed += report.stayed_pages.get();
             }
-            Err(Error::NotMapped { .. } | Error::QueueFull { .. }) => {}
+            Err(Error::NotMapped { .. } | Error::QueueFull { .. } | Error::NotInPlace { .. }) => {}
             Err(error) => panic!("{error}"),
         }
         calls += 1;
@@ -140,26 +192,25 @@ fn place(index: usize) -> usize {
     (index % COUNTER_PAGES) * WORDS + index / COUNTER_PAGES
 }
 
-/// Counts with device kernels.
+/// Counts with device kernels: a counter of each page at a time.
 fn device_counter(field: &Field, counters: &Map, number: usize, shares: &[AtomicU64]) -> String {
-    let first = Pointer::new(counters.word(0));
-    let mut launches = 0u64;
+    let (mut launches, mut undone) = (0u64, 0u64);
     while field.goes_on() {
-        let shift = launches as usize * 37;
+        let turn = launches as usize % (COUNTERS / COUNTER_PAGES);
         let each = 1 + launches % 7;
-        field.devices[number]
-            .launch(64, |context, group| {
-                let index = (group * 5 + shift) % COUNTERS;
-                context.fetch_add(first.at(place(index)), each)?;
-                Ok(())
-            })
-            .unwrap();
-        for group in 0..64 {
-            shares[(group * 5 + shift) % COUNTERS].fetch_add(each, Ordering::Relaxed);
+        let index = turn * COUNTER_PAGES;
+        let work = Work::new(Operation::Add, counters.word(place(index))).pages(COUNTER_PAGES);
+        if field.run(number, work.times(2).value(each)) {
+            for index in index..index + COUNTER_PAGES {
+                shares[index].fetch_add(2 * each, Ordering::Relaxed);
+            }
+        } else {
+            undone += 1;
         }
         launches += 1;
     }
-    format!("device counter {number}: {launches} launches")
+    let kind = field.devices[number].kind();
+    format!("device counter {number} ({kind:?}): {launches} launches, {undone} undone")
 }
 
 /// Writes and checks a region of its own with the CPU.
@@ -182,7 +233,7 @@ fn keeper(field: &Field, seed: u64, huge: bool) -> String {
             checks += 1;
             if rng.below(2) == 0 {
                 generations[page] = rng.next();
-                map.fill_part(page, 1, generations[page]);
+                field.fill(&mut rng, &map, page, 1, generations[page]);
             }
         }
     }
@@ -216,35 +267,32 @@ fn finish(field: &Field, map: &Map) {
 
 /// A region that only a device writes and reads.
 fn device_keeper(field: &Field, number: usize, seed: u64) -> String {
+    const SOME: usize = 64;
     let mut rng = Rng::new(seed);
-    let map = Map::new(REGION);
+    // What the kernel compares with is beside it, and moves as well.
+    let (map, old) = (Map::new(REGION), Map::new(1));
     field.enter(&map);
-    let first = Pointer::new(map.word(0));
+    field.enter(&old);
     let mut generations = vec![0u64; REGION];
-    let mut launches = 0u64;
+    let (mut launches, mut undone) = (0u64, 0u64);
     map.fill(0);
     while field.goes_on() {
-        let start = rng.below(REGION - 64);
+        let start = rng.below(REGION - SOME);
         let new = rng.next();
-        let old = &generations;
-        let lost = AtomicU64::new(0);
-        field.devices[number]
-            .launch(64, |context, group| {
-                let page = start + group;
-                for word in 0..WORDS {
-                    let index = page * WORDS + word;
-                    if context.load(first.at(index))? != pattern(old[page], index) {
-                        lost.store(1 + index as u64, Ordering::Relaxed);
-                    }
-                    context.store(first.at(index), pattern(new, index))?;
-                }
-                Ok(())
-            })
-            .unwrap();
-        let lost = lost.into_inner();
-        assert_eq!(lost, 0, "LOST DATA (device): word {}", lost.wrapping_sub(1));
-        generations[start..start + 64].fill(new);
+        old.set(0, 0);
+        for (word, &generation) in (1..).zip(&generations[start..start + SOME]) {
+            old.set(word, generation);
+        }
+        let index = start * WORDS;
+        let work = Work::new(Operation::Replace, map.word(index)).count(SOME * WORDS);
         launches += 1;
+        if !field.run(number, work.first(index).other(old.word(0)).value(new)) {
+            undone += 1;
+            continue;
+        }
+        let lost = old.get(0);
+        assert_eq!(lost, 0, "LOST DATA (device): word {}", lost.wrapping_sub(1));
+        generations[start..start + SOME].fill(new);
         if rng.below(8) == 0 {
             let page = rng.below(REGION);
             check(&map, page, generations[page], "device keeper");
@@ -254,7 +302,108 @@ fn device_keeper(field: &Field, number: usize, seed: u64) -> String {
         check(&map, page, generation, "device keeper at the end");
     }
     finish(field, &map);
-    format!("device keeper {number}: {launches} launches")
+    finish(field, &old);
+    let kind = field.devices[number].kind();
+    format!("device keeper {number} ({kind:?}): {launches} launches, {undone} undone")
+}
+
+/// The push constants and the program are the only things that a launch needs.
+fn launch(device: VulkanDevice, program: &Program, groups: usize, words: &[u64]) {
+    let groups = [u32::try_from(groups).expect("few enough"), 1, 1];
+    let launched = device.launch(program, groups, &push(program, words));
+    launched.unwrap_or_else(|error| panic!("{error}"));
+}
+
+/// Lists through a region, whose values a kernel increments as it walks: it has written
+/// when it misses the next page.
+fn walker(field: &Field, device: VulkanDevice, seed: u64) -> String {
+    const CHAINS: usize = 80;
+    let mut rng = Rng::new(seed);
+    let (map, heads) = (Map::new(REGION), Map::new(1));
+    let program = program(&device, WALK, ProgramOptions::default());
+    for page in 0..REGION {
+        let next = page + CHAINS;
+        let next = (next < REGION).then(|| map.page(next).expose_provenance() as u64);
+        map.set(page * WORDS, next.unwrap_or(0));
+    }
+    for chain in 0..CHAINS {
+        heads.set(chain, map.page(chain).expose_provenance() as u64);
+    }
+    field.enter(&map);
+    field.enter(&heads);
+    let mut launches = 0;
+    while field.goes_on() {
+        let words = [heads.word(0).addr() as u64, CHAINS as u64];
+        launch(device, &program, CHAINS.div_ceil(64), &words);
+        launches += 1;
+        let page = rng.below(REGION);
+        assert_eq!(
+            map.get(page * WORDS + 1),
+            launches,
+            "LOST DATA: page {page}"
+        );
+    }
+    for page in 0..REGION {
+        assert_eq!(
+            map.get(page * WORDS + 1),
+            launches,
+            "LOST DATA: page {page}"
+        );
+    }
+    finish(field, &map);
+    finish(field, &heads);
+    format!("walker ({:?}): {launches} launches", program.on_demand())
+}
+
+/// Words that a kernel writes in two places: again from the start when it misses one.
+fn repeater(field: &Field, device: VulkanDevice, seed: u64) -> String {
+    const SOME: usize = 40;
+    let mut rng = Rng::new(seed);
+    let maps = [Map::new(REGION), Map::new(REGION)];
+    let options = ProgramOptions {
+        idempotent: true,
+        demand: Demand::Repeat,
+        ..ProgramOptions::default()
+    };
+    let program = program(&device, TWICE, options);
+    for map in &maps {
+        field.enter(map);
+    }
+    // What each page was given: value and number of its first word.
+    let mut values = vec![(0u64, 0u64); REGION];
+    let check = |page: usize, (value, first): (u64, u64)| {
+        for word in 0..WORDS {
+            let i = if value == 0 { 0 } else { first + word as u64 };
+            let seen = maps.each_ref().map(|map| map.get(page * WORDS + word));
+            let expected = [value.wrapping_add(i), value.wrapping_sub(i)];
+            assert_eq!(
+                seen, expected,
+                "LOST DATA (repeater): page {page} word {word}"
+            );
+        }
+    };
+    let mut launches = 0u64;
+    while field.goes_on() {
+        let (start, value) = (rng.below(REGION - SOME), 1 | rng.next());
+        let words = SOME * WORDS;
+        let [first, second] = maps.each_ref().map(|map| map.word(start * WORDS));
+        let arguments = [
+            first.addr() as u64,
+            second.addr() as u64,
+            words as u64,
+            value,
+        ];
+        launch(device, &program, words / 64, &arguments);
+        for page in 0..SOME {
+            values[start + page] = (value, (page * WORDS) as u64);
+        }
+        launches += 1;
+        let page = rng.below(REGION);
+        check(page, values[page]);
+    }
+    (0..REGION).for_each(|page| check(page, values[page]));
+    maps.iter().for_each(|map| finish(field, map));
+    format!("repeater ({:?}): {launches} launches", program.on_demand())
 }
 
 /// What a page of a shifting region holds.
@@ -302,7 +451,7 @@ fn shifter(field: &Field, seed: u64, huge: bool) -> String {
                 let count = count.min(16);
                 for (page, content) in (first..).zip(&mut contents[first..first + count]) {
                     let seed = rng.next();
-                    map.fill_part(page, 1, seed);
+                    field.fill(&mut rng, &map, page, 1, seed);
                     *content = Content::Pattern(seed);
                 }
             }
@@ -476,8 +625,8 @@ fn forker(field: &Field, seed: u64) -> String {
             2 * i32::from(rest) + 4 * i32::from(map.wrong(own, 1, !generation).is_some())
         });
         let before = std::mem::replace(&mut generation, rng.next());
-        for page in 0..REGION {
-            map.fill_part(page, 1, generation);
+        for page in (0..REGION).step_by(50) {
+            field.fill(&mut rng, &map, page, 50.min(REGION - page), generation);
         }
         let status = wait(child);
         assert_eq!(
@@ -497,14 +646,28 @@ fn forker(field: &Field, seed: u64) -> String {
 
 #[test]
 fn stress_many_threads_against_an_oracle() {
-    let seconds = std::env::var("HMM_STRESS_SECONDS")
-        .ok()
-        .and_then(|text| text.parse().ok())
-        .unwrap_or(60);
+    let seconds = seconds();
     let _dog = watchdog("stress_many_threads_against_an_oracle", seconds + 60);
+    storm(Field::open(), seconds);
+}
+
+/// The same with a Vulkan device: kernels that begin again, wait, or have all that they
+/// use named, on memory that others write, fork, remap and drop.
+#[test]
+fn stress_with_a_vulkan_device() {
+    let seconds = seconds();
+    let _dog = watchdog("stress_with_a_vulkan_device", seconds + 60);
+    storm(or_skip!(Field::with_vulkan()), seconds);
+}
+
+fn seconds() -> u64 {
+    let seconds = std::env::var("HMM_STRESS_SECONDS").ok();
+    seconds.and_then(|text| text.parse().ok()).unwrap_or(60)
+}
+
+fn storm(field: Field, seconds: u64) {
     let seed = common::seed();
     println!("seed {seed}");
-    let field = Field::open();
     let counters = Map::new(COUNTER_PAGES);
     field.enter(&counters);
     let shares: Vec<AtomicU64> = (0..COUNTERS).map(|_| AtomicU64::new(0)).collect();
@@ -520,13 +683,15 @@ fn stress_many_threads_against_an_oracle() {
             scope.spawn(move || mover(field, seed ^ 11)),
             scope.spawn(move || mover(field, seed ^ 12)),
         ];
-        if !field.leaves_out("kernels") {
-            threads.extend([
-                scope.spawn(move || device_counter(field, counters, 0, shares)),
-                scope.spawn(move || device_counter(field, counters, 1, shares)),
-                scope.spawn(move || device_keeper(field, 0, seed ^ 6)),
-                scope.spawn(move || device_keeper(field, 1, seed ^ 7)),
-            ]);
+        let kernels = !field.leaves_out("kernels");
+        for number in (0..field.devices.len()).filter(|_| kernels) {
+            let seed = seed ^ (20 + number as u64);
+            threads.push(scope.spawn(move || device_counter(field, counters, number, shares)));
+            threads.push(scope.spawn(move || device_keeper(field, number, seed)));
+        }
+        if let Some(device) = field.vulkan.filter(|_| kernels) {
+            threads.push(scope.spawn(move || walker(field, device, seed ^ 13)));
+            threads.push(scope.spawn(move || repeater(field, device, seed ^ 14)));
         }
         let end = Instant::now() + Duration::from_secs(seconds);
         while Instant::now() < end && !threads.iter().any(|thread| thread.is_finished()) {
@@ -551,16 +716,23 @@ fn stress_many_threads_against_an_oracle() {
     drop(counters);
     let statistics = field.hmm.statistics();
     println!("{statistics:#?}");
+    if let Some(device) = field.vulkan {
+        println!("{:#?}", device.stats());
+    }
     // Nobody calls MADV_FREE here: a page that is missing in staging is lost data.
     assert_eq!(statistics.freed_in_staging, 0);
     // Home after this: what movers took along by names that were out of date,
     // and what a refused mremap has left behind.
+    let mut removed = Vec::new();
     for device in &field.devices {
-        assert!(
-            device.remove().unwrap(),
-            "{} did not let go of everything",
-            device.name()
-        );
+        if !removed.contains(&device.id()) {
+            assert!(
+                device.remove().unwrap(),
+                "{} did not let go of everything",
+                device.name()
+            );
+            removed.push(device.id());
+        }
     }
     nothing_staged(&field.hmm);
     field.hmm.shutdown().unwrap();
