@@ -10,9 +10,9 @@ use hmm::{
     VulkanError, VulkanOptions,
 };
 
-const WALK: &[u8] = include_bytes!("../../hmm-spirv/tests/kernels/walk_write.spv");
-const BARRIER: &[u8] = include_bytes!("../../hmm-spirv/tests/kernels/barrier.spv");
-const CHASE: &[u8] = include_bytes!("../../hmm-spirv/tests/kernels/chase.spv");
+const WALK: &[u8] = include_bytes!("kernels/walk_write.spv");
+const BARRIER: &[u8] = include_bytes!("kernels/barrier.spv");
+const CHASE: &[u8] = include_bytes!("kernels/chase.spv");
 
 fn words(bytes: &[u8]) -> Vec<u32> {
     let words = bytes.chunks_exact(4);
@@ -244,4 +244,42 @@ fn a_lost_device_gives_back_what_can_be_read() {
     map.check(3);
     drop(walk);
     hmm.shutdown().unwrap();
+}
+
+/// The committed kernels are what their source says, where there is a compiler.
+#[test]
+fn kernels_are_what_their_source_says() {
+    let own = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/kernels");
+    let others = concat!(env!("CARGO_MANIFEST_DIR"), "/../hmm-spirv/tests/kernels");
+    let mut kernels = 0;
+    for entry in std::fs::read_dir(own).unwrap() {
+        let committed = entry.unwrap().path();
+        if committed.extension().is_none_or(|it| it != "spv") {
+            continue;
+        }
+        let name = committed.file_stem().unwrap().to_str().unwrap();
+        let source = format!("{name}.comp");
+        let folder = [own, others].into_iter().map(std::path::Path::new);
+        let mut sources = folder.map(|folder| folder.join(&source));
+        let source = sources.find(|source| source.exists()).expect("its source");
+        let made = std::env::temp_dir().join(format!("hmm-{}-{name}.spv", std::process::id()));
+        let compiler = std::process::Command::new("glslangValidator")
+            .args(["-V", "--quiet", "--target-env", "vulkan1.2", "-o"])
+            .args([&made, &source])
+            .output();
+        let Ok(output) = compiler else {
+            skip!("there is no glslangValidator (Debian's package glslang-tools)");
+        };
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{said}");
+        let (bytes, committed) = (std::fs::read(&made), std::fs::read(&committed).unwrap());
+        let bytes = bytes.unwrap();
+        std::fs::remove_file(&made).unwrap();
+        // Another version of the compiler may write something else; the tests then
+        // still test what is committed.
+        let same = bytes == committed || bytes[8..12] != committed[8..12];
+        assert!(same, "{name}.spv is not what its source says: run build.sh");
+        kernels += 1;
+    }
+    assert!(kernels >= 7, "{kernels}");
 }
