@@ -228,6 +228,13 @@ pub trait FaultHandler: Sync {
         access: Access,
     ) -> Result<Resolution, DeviceFaultError>;
 
+    /// Kernels of `device` are about to use all of a range: what of it can be brought
+    /// to the device's memory is. A hint: what stays is asked for when it is missed.
+    /// Called as [`FaultHandler::device_fault`] is.
+    ///
+    /// This one does nothing.
+    fn prefetch(&self, _device: DeviceId, _range: PageRange) {}
+
     /// A command of `device` works on a whole range: its pages are made usable
     /// where they are, as far as `reach` says. Returns how many pages from the
     /// start of the range are entered into the device's page table. Called as

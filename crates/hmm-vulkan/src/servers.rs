@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use hmm_sync::{Condvar, Mutex, Rank};
-use hmm_types::VirtAddr;
+use hmm_types::{BLOCK_SIZE, PAGE_SIZE, PAGES_PER_BLOCK, PageRange, USER_END, VirtAddr};
 
 use crate::LaunchError;
 use crate::device::VulkanDevice;
@@ -21,6 +21,8 @@ const WORTH: usize = 64;
 /// What one thread takes: misses up to the end of an aligned stretch of so many bytes, so
 /// that the two bring no page together.
 const STRETCH: u64 = 16 << 20;
+/// Where there is a miss for so many pages, or for fewer, all of them are wanted.
+const DENSE: u64 = 16;
 /// Misses that are taken out at a time.
 const HANDFUL: usize = 64;
 /// How long the second thread sleeps without being called.
@@ -55,6 +57,31 @@ pub(crate) struct Servers {
 struct Share {
     next: usize,
     end: usize,
+    /// The first and the last.
+    extent: Option<(VirtAddr, VirtAddr)>,
+}
+
+impl Share {
+    const NONE: Self = Self {
+        next: 0,
+        end: 0,
+        extent: None,
+    };
+
+    /// Whole blocks, where all of its pages are wanted, and those are `most` or fewer. The
+    /// misses are where kernels are now: they go on behind. Asked once.
+    fn dense(&mut self, most: u64) -> Option<PageRange> {
+        let (first, last) = self.extent.take()?;
+        if last.get() >= USER_END - BLOCK_SIZE {
+            return None; // nothing is there
+        }
+        let misses = (self.end - self.next) as u64;
+        let dense = misses > 1 && last.pages_since(first.page_floor()) < misses * DENSE;
+        let from = first.block_floor().max(VirtAddr::new(PAGE_SIZE));
+        let upto = last.block_floor().plus_pages(PAGES_PER_BLOCK as u64);
+        let blocks = PageRange::span(from, upto);
+        (dense && blocks.pages().get() <= most).then_some(blocks)
+    }
 }
 
 impl Servers {
@@ -118,12 +145,18 @@ impl Servers {
     /// Serves misses until all are taken, or one cannot be served.
     fn take_part(&self, device: &'static VulkanDevice, tally: &mut Tally) {
         let full = self.work.lock().full;
-        let mut share = Share { next: 0, end: 0 };
+        let mut share = Share::NONE;
         let mut hand = [Miss::NONE; HANDFUL];
         loop {
             let taken = self.take(&mut share, &mut hand);
             if taken == 0 {
                 return;
+            }
+            // Not so much that two threads would drive out each other's.
+            if let Some(range) = share.dense(u64::from(device.frames()) / 4)
+                && let Some(&(id, engine)) = device.engine()
+            {
+                engine.prefetch(id, range);
             }
             for miss in &hand[..taken] {
                 let brought = bring(device, *miss, tally);
@@ -148,8 +181,10 @@ impl Servers {
                 return 0;
             };
             let end = stretch_end(first.address);
+            let count = rest.partition_point(|miss| miss.address < end);
+            share.extent = Some((first.address, rest[count - 1].address));
             share.next = work.next;
-            share.end = work.next + rest.partition_point(|miss| miss.address < end);
+            share.end = work.next + count;
             work.next = share.end;
         }
         let taken = HANDFUL.min(share.end - share.next);
@@ -221,7 +256,7 @@ mod tests {
         let servers = Servers::new();
         let count = 3 * HANDFUL as u64 * 4;
         servers.work.lock().misses = misses((0..count).map(|at| at * (STRETCH / 300)));
-        let mut shares = [(); 2].map(|()| Share { next: 0, end: 0 });
+        let mut shares = [Share::NONE; 2];
         let mut hand = [Miss::NONE; HANDFUL];
         let mut seen: Vec<(u64, usize)> = Vec::new();
         // In turns, a few times more than it takes.
@@ -242,6 +277,28 @@ mod tests {
             let together = pair[0].0 / STRETCH == pair[1].0 / STRETCH;
             assert!(!together || pair[0].1 == pair[1].1, "{pair:?}");
         }
+    }
+
+    #[test]
+    fn what_is_wanted_as_a_whole_is_whole_blocks() {
+        let dense = |addresses: &[u64], most| {
+            let extent = Some((addresses[0], addresses[addresses.len() - 1]));
+            let mut share = Share {
+                next: 0,
+                end: addresses.len(),
+                extent: extent.map(|(first, last)| (VirtAddr::new(first), VirtAddr::new(last))),
+            };
+            let found = share.dense(most);
+            assert_eq!(share.dense(most), None, "asked once");
+            found.map(|range| (range.start().get(), range.end().get()))
+        };
+        let each: Vec<u64> = (0..100).map(|at| 0x4000_3000 + at * 0x4008).collect();
+        assert_eq!(dense(&each, 512), Some((0x4000_0000, 0x4020_0000)));
+        assert_eq!(dense(&each, 511), None, "too much");
+        assert_eq!(dense(&[0x4000_3000], 512), None, "a single one");
+        assert_eq!(dense(&[0x4000_3000, 0x4003_3000], 512), None, "far apart");
+        assert_eq!(dense(&[0, 8], 512), Some((PAGE_SIZE, BLOCK_SIZE)));
+        assert_eq!(dense(&[u64::MAX - 9, u64::MAX - 1], 512), None);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use std::cell::RefCell;
 use std::io;
 
-use hmm_core::{Engine, Executor};
+use hmm_core::{Destination, Engine, Executor};
 use hmm_device::{Embedder, Join};
 use hmm_hal::{DeviceFaultError, FaultHandler, Reach, Resolution};
 use hmm_mem::Pages;
@@ -101,6 +101,14 @@ impl FaultHandler for Faults {
         self.with_executor(address, |engine, executor| {
             engine.device_fault(executor, device, address, access)
         })
+    }
+
+    fn prefetch(&self, device: DeviceId, range: PageRange) {
+        // Without an executor nothing is brought, which is allowed.
+        let _ = self.with_executor(range.start(), |engine, executor| {
+            engine.migrate(executor, range, Destination::Device(device));
+            Ok(())
+        });
     }
 
     fn fault_range(
