@@ -228,6 +228,7 @@ fn common(align: u32, offset: u32) -> u32 {
 #[derive(Debug)]
 pub(crate) struct Origins<'a> {
     defs: HashMap<u32, &'a Inst>,
+    stores: Vec<&'a Inst>,
     types: &'a Types,
 }
 
@@ -235,12 +236,47 @@ impl<'a> Origins<'a> {
     pub(crate) fn new(function: &'a Function, types: &'a Types) -> Self {
         let defs = function.insts().filter(|inst| inst.id != 0);
         let defs = defs.map(|inst| (inst.id, inst)).collect();
-        Self { defs, types }
+        let stores = function.insts().filter(|inst| inst.op == Op::Store);
+        let stores = stores.collect();
+        Self {
+            defs,
+            stores,
+            types,
+        }
     }
 
     /// Two pointers with the same answer come from the same variable, member or
     /// call.
     pub(crate) fn of(&self, pointer: u32) -> Vec<u32> {
+        let at = self.source(pointer);
+        match self.defs.get(&at) {
+            Some(inst) if inst.op == Op::Load => self.variable(inst),
+            _ => vec![at],
+        }
+    }
+
+    /// Whether a pointer is out of memory, or out of a variable that such are put into:
+    /// the next access through it is likely to be somewhere else.
+    pub(crate) fn chases(&self, pointer: u32) -> bool {
+        let loaded = |id| {
+            self.defs
+                .get(&self.source(id))
+                .filter(|it| it.op == Op::Load)
+        };
+        let Some(load) = loaded(pointer) else {
+            return false;
+        };
+        let of_memory = |load: &Inst| self.types.points_to_memory(load.args[0]);
+        let variable = self.variable(load);
+        of_memory(load)
+            || self.stores.iter().any(|store| {
+                let there = self.variable(store) == variable;
+                there && loaded(store.args[1]).is_some_and(|load| of_memory(load))
+            })
+    }
+
+    /// What a pointer was computed from: a load, or whatever else is known of it last.
+    fn source(&self, pointer: u32) -> u32 {
         let mut at = pointer;
         for _ in 0..MAX_ORIGIN_STEPS {
             let Some(inst) = self.defs.get(&at) else {
@@ -257,7 +293,6 @@ impl<'a> Origins<'a> {
                 | Op::ConvertPtrToU => inst.args.first(),
                 // Arithmetic on addresses has the pointer on its left, as a rule.
                 Op::IAdd | Op::ISub => inst.args.first(),
-                Op::Load => return self.variable(inst),
                 _ => None,
             };
             match next {
@@ -265,15 +300,15 @@ impl<'a> Origins<'a> {
                 None => break,
             }
         }
-        vec![at]
+        at
     }
 
-    /// The variable and the constant path that a pointer was loaded from.
-    fn variable(&self, load: &Inst) -> Vec<u32> {
-        let source = load.args[0];
+    /// The variable and the constant path that a pointer is loaded from, or put into.
+    fn variable(&self, access: &Inst) -> Vec<u32> {
+        let source = access.args[0];
         if self.types.points_to_memory(source) {
             // A pointer out of memory: as many as there are loads of it.
-            return vec![load.id];
+            return vec![access.id];
         }
         match self.defs.get(&source) {
             Some(chain) if matches!(chain.op, Op::AccessChain | Op::InBoundsAccessChain) => {

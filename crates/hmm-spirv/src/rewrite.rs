@@ -10,7 +10,7 @@ use crate::error::SpirvError;
 use crate::flat;
 use crate::module::{Block, Function, Inst};
 use crate::reach;
-use crate::runtime::{Kind, Runtime};
+use crate::runtime::{Kind, Runtime, Slot};
 use crate::structure;
 use crate::types::{Type, Types};
 use crate::{build::Gen, contract::Variant};
@@ -98,6 +98,10 @@ impl<'a> Rewriter<'a> {
                     let free = self.slots.len();
                     let key = (function.def.id, origins.of(at));
                     let slot = *self.slots.entry(key).or_insert(free);
+                    let slot = Slot {
+                        number: slot,
+                        chased: origins.chases(at),
+                    };
                     site.access(&mut code, &inst, kind, slot)?;
                 } else {
                     let calls = faults
@@ -151,7 +155,7 @@ impl Site<'_> {
         code: &mut Code<'_>,
         inst: &Inst,
         kind: Kind,
-        slot: usize,
+        slot: Slot,
     ) -> Result<(), SpirvError> {
         let parts = parts(inst, self.types)?;
         // A stalled access may let the host unmap what was translated before it,
@@ -183,7 +187,7 @@ impl Site<'_> {
         inst: &Inst,
         part: &Part,
         kind: Kind,
-        slot: usize,
+        slot: Slot,
     ) -> u32 {
         let mut pointer = inst.args[0];
         let mut ty = self.types.of.get(&pointer).copied().unwrap_or(0);

@@ -32,9 +32,17 @@ impl Kind {
     }
 }
 
+/// The TLB entry for the pointers of one origin.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Slot {
+    pub(crate) number: usize,
+    /// They are followed from place to place, so that the entry is seldom right.
+    pub(crate) chased: bool,
+}
+
 /// A register TLB entry: Private variables for one pointer.
 #[derive(Clone, Copy, Debug)]
-struct Slot {
+struct Entry {
     /// Start of the page that may be read; odd = none.
     read: u32,
     /// Start of the page that may be written; odd = none.
@@ -45,6 +53,15 @@ struct Slot {
     delta: u32,
 }
 
+/// The leaf that was looked into last, and for which part of the address space: where the
+/// TLB is of no use, that spares a load for which the next one waits. Where it is, two more
+/// variables cost a stream a tenth.
+#[derive(Clone, Copy, Debug)]
+struct LastLeaf {
+    leaf: u32,
+    part: u32,
+}
+
 /// The variables of a kernel's instrumentation.
 #[derive(Debug)]
 pub(crate) struct Runtime {
@@ -53,7 +70,8 @@ pub(crate) struct Runtime {
     pub(crate) control: u32,
     /// Control block values that are read once: by the offset there.
     uniform: Vec<(u64, u32)>,
-    slots: Vec<Slot>,
+    slots: Vec<Entry>,
+    last_leaf: Option<LastLeaf>,
     /// How the invocation has given up: 0 if it has not, [`STOPPED`], or the low word
     /// of the access that missed, as it is logged, with [`MISSED`] set. One word, and
     /// another one for the rest: a round of a loop costs something for each variable
@@ -102,6 +120,7 @@ impl Runtime {
             control: address,
             uniform,
             slots: Vec::new(),
+            last_leaf: None,
             end: 0,
             end_high: 0,
             wrote: 0,
@@ -161,7 +180,7 @@ impl Runtime {
         code: &mut Code<'_>,
         address: u32,
         kind: Kind,
-        slot: usize,
+        slot: Slot,
         burns: bool,
         result: u32,
     ) -> u32 {
@@ -180,10 +199,7 @@ impl Runtime {
                 let entry = self.walk(code, address, Fresh::No);
                 place(code, entry, address)
             }
-            Variant::Checked => {
-                let slot = self.slot(code.build, slot % MAX_SLOTS);
-                self.checked(code, address, kind, slot, burns, result)
-            }
+            Variant::Checked => self.checked(code, address, kind, slot, burns, result),
             Variant::Stall => {
                 let ulong = code.build.ulong();
                 let function = self.stall_fn(code.build, kind);
@@ -247,6 +263,25 @@ impl Runtime {
     /// The table's entry for an address.
     pub(crate) fn walk(&self, code: &mut Code<'_>, address: u32, fresh: Fresh) -> u32 {
         let leaf = self.leaf(code, address, fresh);
+        self.entry(code, leaf, address, fresh)
+    }
+
+    /// The same, from the leaf that was looked into last if it is there.
+    fn walk_again(&self, code: &mut Code<'_>, address: u32, last: LastLeaf) -> u32 {
+        let ulong = code.build.ulong();
+        let part = code.long_with(Op::ShiftRightLogical, address, u64::from(table::ROOT_SHIFT));
+        let before = code.get(ulong, last.part);
+        let other = code.test(Op::INotEqual, &[part, before]);
+        code.rarely(other, |code| {
+            let leaf = self.leaf(code, address, Fresh::No);
+            code.set(last.leaf, leaf);
+            code.set(last.part, part);
+        });
+        let leaf = code.get(ulong, last.leaf);
+        self.entry(code, leaf, address, Fresh::No)
+    }
+
+    fn entry(&self, code: &mut Code<'_>, leaf: u32, address: u32, fresh: Fresh) -> u32 {
         let shift = u64::from(table::PAGE_SHIFT) - 3;
         let offset = code.long_with(Op::ShiftRightLogical, address, shift);
         let offset = code.long_with(Op::BitwiseAnd, offset, (table::LEAF_ENTRIES - 1) << 3);
@@ -296,10 +331,24 @@ impl Runtime {
         id
     }
 
-    fn slot(&mut self, build: &mut Gen, slot: usize) -> Slot {
+    fn last_leaf(&mut self, build: &mut Gen) -> LastLeaf {
+        if let Some(last) = self.last_leaf {
+            return last;
+        }
+        let (ulong, zero, none) = (build.ulong(), build.long(0), build.long(u64::MAX));
+        let last = LastLeaf {
+            leaf: build.private(ulong, zero),
+            part: build.private(ulong, none),
+        };
+        self.variables.extend([last.leaf, last.part]);
+        self.last_leaf = Some(last);
+        last
+    }
+
+    fn slot(&mut self, build: &mut Gen, slot: usize) -> Entry {
         let (ulong, none, zero) = (build.ulong(), build.long(1), build.long(0));
         while self.slots.len() <= slot {
-            let new = Slot {
+            let new = Entry {
                 read: build.private(ulong, none),
                 write: build.private(ulong, none),
                 mask: build.private(ulong, zero),
@@ -318,15 +367,17 @@ impl Runtime {
     /// flag that is looked at afterwards costs as much as the look into the slot. So
     /// does a condition of its own for a loop that may have to stop.
     fn checked(
-        &self,
+        &mut self,
         code: &mut Code<'_>,
         address: u32,
         kind: Kind,
-        slot: Slot,
+        Slot { number, chased }: Slot,
         burns: bool,
         result: u32,
     ) -> u32 {
         let ulong = code.build.ulong();
+        let slot = self.slot(code.build, number % MAX_SLOTS);
+        let last = chased.then(|| self.last_leaf(code.build));
         let tag = match kind {
             Kind::Read => slot.read,
             Kind::Write => slot.write,
@@ -343,7 +394,10 @@ impl Runtime {
             if let Some(empty) = empty {
                 code.rarely(empty, |code| self.refuel(code, result));
             }
-            let entry = self.walk(code, address, Fresh::No);
+            let entry = match last {
+                None => self.walk(code, address, Fresh::No),
+                Some(last) => self.walk_again(code, address, last),
+            };
             let wide = code.has_bit(entry, table::WIDE);
             let (small, large) = (code.build.long(!0xfff), code.build.long(!0xffff));
             let mask = code.op(Op::Select, ulong, &[wide, large, small]);
