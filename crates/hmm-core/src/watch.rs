@@ -194,11 +194,12 @@ impl Engine<'_> {
     }
 
     /// Where the mapping right before a range begins, and where the one right
-    /// behind it ends. Registering may join them with the range, no more.
+    /// behind it ends. Registering may join them with the range, no more; or part them,
+    /// where the range is what may be watched of a mapping that is the engine's in part.
     fn adjoined(&self, range: PageRange) -> [Option<VirtAddr>; 2] {
         let mapping_at = |page: u64| {
             let page = PageRange::new(VirtAddr::new(page), PAGE_SIZE).ok()?;
-            Some(self.mappings_of(page)?.first()?.whole)
+            Some(self.mappings_of(page)?.first()?.vma)
         };
         let before = range.start().get().checked_sub(PAGE_SIZE);
         [

@@ -139,6 +139,7 @@ impl AddressSpace for Space {
                 shared_region: false,
                 range,
                 whole: app(),
+                vma: app(),
                 kind: MemoryKind::PrivateAnonymous,
                 permissions: Permissions::READ_WRITE,
                 engine_owned: false,

@@ -44,6 +44,8 @@ pub struct Mapping {
     pub range: PageRange,
     /// All of the mapping, if nothing of it is the engine's; else the part.
     pub whole: PageRange,
+    /// All of the mapping, whatever is in it.
+    pub vma: PageRange,
     /// What backs it.
     pub kind: MemoryKind,
     /// How much one page of it is: a page, and more in hugetlbfs.

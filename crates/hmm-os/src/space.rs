@@ -564,6 +564,7 @@ impl AddressSpace for LinuxSpace {
                         (all, false, false) if all == vma.range => all,
                         _ => part,
                     },
+                    vma: vma.range,
                     kind: if huge_region {
                         MemoryKind::HugeTlb
                     } else {

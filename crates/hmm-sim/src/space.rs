@@ -335,6 +335,7 @@ impl AddressSpace for SimSpace {
                 shared_region: false,
                 range: vma.range,
                 whole,
+                vma: whole,
                 kind: vma.kind,
                 permissions: vma.permissions,
                 engine_owned: vma.engine_owned,
