@@ -497,6 +497,9 @@ fn shutdown_after_a_loss_tells_and_ends(kind: Kind) {
         30,
     );
     println!("{text}");
+    if let Some(reason) = text.lines().find(|line| line.contains("SKIPPED")) {
+        skip!("{reason}");
+    }
     assert!(status.expect("shutdown hangs").success());
     assert!(text.contains("shutdown: "), "lost data must be told about");
 }
