@@ -12,6 +12,7 @@ mod ordinary_user;
 mod packages;
 mod process;
 mod session;
+mod shaders;
 mod steps;
 mod summary;
 mod tables;
@@ -108,6 +109,8 @@ enum Command {
     /// validation layer, glslang and SPIR-V's tools are installed where they are
     /// missing.
     Vulkan,
+    /// Compiles all shaders anew, after a change of one; commit what it makes.
+    Shaders,
 }
 
 fn main() -> ExitCode {
@@ -129,6 +132,7 @@ fn main() -> ExitCode {
         Command::KernelSelftests(options) => kernel_selftests::run(&workspace, &options),
         Command::VmTest(options) => vm_test::run(&workspace, &options),
         Command::Vulkan => vulkan::run(&workspace),
+        Command::Shaders => shaders::make(&workspace),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

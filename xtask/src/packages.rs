@@ -50,8 +50,22 @@ pub const QEMU: Package = Package {
     purpose: "to run other kernels in a virtual machine",
 };
 
-/// What the Vulkan device's tests need beside a driver.
-pub const VULKAN: [Package; 4] = [
+/// What compiles the workspace's shaders.
+pub const SHADERS: [Package; 2] = [
+    Package {
+        program: "glslangValidator",
+        debian: "glslang-tools",
+        purpose: "to compile shaders",
+    },
+    Package {
+        program: "spirv-val",
+        debian: "spirv-tools",
+        purpose: "to check shaders",
+    },
+];
+
+/// What the Vulkan device's tests need beside a driver and those.
+pub const VULKAN: [Package; 2] = [
     Package {
         program: if cfg!(target_arch = "aarch64") {
             "/usr/lib/aarch64-linux-gnu/libvulkan.so.1"
@@ -65,16 +79,6 @@ pub const VULKAN: [Package; 4] = [
         program: "/usr/share/vulkan/explicit_layer.d/VkLayer_khronos_validation.json",
         debian: "vulkan-validationlayers",
         purpose: "to check calls of Vulkan",
-    },
-    Package {
-        program: "glslangValidator",
-        debian: "glslang-tools",
-        purpose: "to compile the tests' kernels",
-    },
-    Package {
-        program: "spirv-val",
-        debian: "spirv-tools",
-        purpose: "to check the tests' kernels",
     },
 ];
 

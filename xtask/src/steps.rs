@@ -12,7 +12,7 @@ use crate::process::Invocation;
 use crate::summary::{Outcome, Summary};
 use crate::vulkan::Driver;
 use crate::workspace::Workspace;
-use crate::{docs, kernel_selftests, ordinary_user};
+use crate::{docs, kernel_selftests, ordinary_user, shaders};
 
 /// What to run.
 #[derive(Debug)]
@@ -39,6 +39,8 @@ pub enum Step {
     Deny,
     /// A Vulkan driver for the tests that need one.
     Vulkan,
+    /// Compiled shaders against their sources.
+    Shaders,
     /// All tests, each in a process of its own.
     Nextest,
     /// The examples in the documentation.
@@ -55,7 +57,7 @@ pub enum Step {
 
 impl Step {
     /// The whole check. Other steps run when they are asked for.
-    const ALL: [Self; 13] = [
+    const ALL: [Self; 14] = [
         Self::Toolchain,
         Self::Fmt,
         Self::Clippy,
@@ -63,6 +65,7 @@ impl Step {
         Self::Docs,
         Self::Deny,
         Self::Vulkan,
+        Self::Shaders,
         Self::Nextest,
         Self::Doctest,
         Self::OrdinaryUser,
@@ -164,6 +167,10 @@ fn run(
         Step::Docs => docs::check(workspace).map(Done::Passed),
         Step::Deny => deny(workspace),
         Step::Vulkan => Ok(vulkan(workspace)),
+        Step::Shaders => Ok(match shaders::check(workspace)? {
+            Ok(checked) => Done::Passed(checked),
+            Err(why) => Done::Skipped(why),
+        }),
         Step::Nextest => nextest(workspace, summary),
         Step::Doctest => counted(workspace.cargo(["test", "--workspace", "--doc"]), summary),
         Step::OrdinaryUser => as_ordinary_user(workspace, summary),

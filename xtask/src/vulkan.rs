@@ -38,7 +38,7 @@ impl Driver {
 
     /// Brings the loader, the validation layer, the tools and the driver.
     pub fn provide(workspace: &Workspace) -> Result<Self> {
-        for package in packages::VULKAN {
+        for package in packages::VULKAN.iter().chain(&packages::SHADERS) {
             package.provide()?;
         }
         if let Some(driver) = Self::existing(workspace) {

@@ -1,4 +1,4 @@
-//! This program's own compute shaders: `.comp` files, compiled by `shaders.sh`, whose
+//! This program's own compute shaders: `.comp` files, compiled by `cargo xtask shaders`, whose
 //! `.spv` files are part of the program. The unsafe act is to hand one to a driver.
 
 use hmm::{LaunchVulkanError, Program, ProgramOptions, VulkanDevice, VulkanError, VulkanReport};
@@ -29,42 +29,4 @@ pub fn launch_plain(
 ) -> Result<VulkanReport, LaunchVulkanError> {
     // SAFETY: the benchmarks have just brought the memory there, and wait here.
     unsafe { program.launch_plain(groups, push_constants) }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::path::Path;
-    use std::process::Command;
-
-    #[test]
-    fn shaders_are_what_their_sources_say() {
-        for name in ["demo/walk", "bench/add_up", "bench/chase", "bench/stream"] {
-            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src").join(name);
-            let made = format!("hmm-cli-{}.spv", std::process::id());
-            let made = std::env::temp_dir().join(made);
-            let compiled = Command::new("glslangValidator")
-                .args(["--quiet", "-V", "--target-env", "vulkan1.2"])
-                .arg(path.with_extension("comp"))
-                .arg("-o")
-                .arg(&made)
-                .status();
-            let Ok(status) = compiled else {
-                eprintln!("SKIPPED shaders: no glslangValidator (Debian: glslang-tools)");
-                return;
-            };
-            assert!(status.success(), "{name}.comp does not compile");
-            let new = std::fs::read(&made).expect("what was compiled");
-            let _ = std::fs::remove_file(&made);
-            let old = std::fs::read(path.with_extension("spv")).expect("the shader");
-            // Word 2 is the compiler's version: another one may choose other ids.
-            if old[8..12] != new[8..12] {
-                eprintln!("SKIPPED shaders: compiled by another version of glslang");
-                return;
-            }
-            assert!(
-                old == new,
-                "{name}.spv is not what {name}.comp says: run shaders.sh"
-            );
-        }
-    }
 }

@@ -24,7 +24,7 @@ mod show;
 use graph::{Graph, UNREACHED};
 use show::{Level, Outcome};
 
-/// `level.comp`, compiled by `shaders.sh`.
+/// `level.comp`, compiled by `cargo xtask shaders`.
 const LEVEL: &[u8] = include_bytes!("bfs/level.spv");
 /// Bytes of its push constants.
 const PARAMETERS: usize = 40;

@@ -9,10 +9,11 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use common::either::{add_vulkan, assert_silent, spirv};
 use common::{HUGE, Map, PAGE, Rng, WORDS, seed, watchdog};
 use hmm::{
     ByteCount, Demand, Hmm, ImportFailure, LaunchVulkanError, Program, ProgramOptions, StayReason,
-    Used, VulkanCopies, VulkanDevice, VulkanError, VulkanKernelError, VulkanOptions,
+    Used, VulkanCopies, VulkanDevice, VulkanKernelError, VulkanOptions,
 };
 
 const INCREMENT: &[u8] = include_bytes!("kernels/increment.spv");
@@ -36,25 +37,10 @@ fn options() -> VulkanOptions<'static> {
 /// An engine with such a device, or why there is none.
 fn open(options: VulkanOptions<'_>) -> Result<(Hmm, VulkanDevice), String> {
     let hmm = Hmm::open().unwrap();
-    match hmm.add_vulkan_device(options) {
-        Ok(device) if device.describe().imports_pages() => Ok((hmm, device)),
-        Ok(_) => Err("the driver imports no memory".to_owned()),
-        Err(hmm::Error::Vulkan(
-            why @ (VulkanError::NoLoader { .. }
-            | VulkanError::NoDevice { .. }
-            | VulkanError::BadDriver { .. }),
-        )) => Err(format!("{why} (`cargo xtask vulkan` gets a driver)")),
-        Err(error) => panic!("{error}"),
-    }
-}
-
-macro_rules! device {
-    ($options:expr) => {
-        match open($options) {
-            Ok(opened) => opened,
-            Err(why) => skip!("{why}"),
-        }
-    };
+    let device = add_vulkan(&hmm, options)?;
+    let imports = device.describe().imports_pages();
+    let opened = imports.then_some((hmm, device));
+    opened.ok_or_else(|| "the driver imports no memory".to_owned())
 }
 
 fn program(device: &VulkanDevice, bytes: &[u8]) -> Program {
@@ -62,14 +48,12 @@ fn program(device: &VulkanDevice, bytes: &[u8]) -> Program {
 }
 
 fn program_of(device: &VulkanDevice, bytes: &[u8], idempotent: bool) -> Program {
-    let words = words_of(bytes);
     let options = ProgramOptions {
         demand: Demand::Repeat,
         idempotent,
         ..ProgramOptions::default()
     };
-    // SAFETY: a compiler's output, valid, which follows the pointers that it is given.
-    unsafe { device.driver().program(&words, options) }.unwrap()
+    common::either::program(device, bytes, options)
 }
 
 fn push(program: &Program, pointers: &[*const u8], words: &[u32]) -> Vec<u8> {
@@ -140,8 +124,7 @@ fn end(hmm: Hmm, device: &VulkanDevice) {
     println!("{stats:?}");
     assert_eq!(stats.imported_now, 0);
     hmm.shutdown().unwrap();
-    let complaints = hmm::vulkan_complaints().unwrap_or_default();
-    assert!(complaints.is_empty(), "{complaints:#?}");
+    assert_silent();
 }
 
 fn kernel_error(done: Done) -> VulkanKernelError {
@@ -164,7 +147,7 @@ fn shared_memory_is_read_and_written_where_it_is() {
     let _dog = watchdog("shared_memory_is_read_and_written_where_it_is", 120);
     let like_a_cpu = VulkanOptions::new(ByteCount::mib(32)).in_place(true);
     for options in [options(), like_a_cpu] {
-        let (hmm, device) = device!(options);
+        let (hmm, device) = or_skip!(open(options));
         let program = program(&device, INCREMENT);
         let map = Map::with(PAGES, READ_WRITE, libc::MAP_SHARED, -1);
         for word in 0..PAGES * WORDS {
@@ -192,7 +175,7 @@ fn shared_memory_is_read_and_written_where_it_is() {
 #[test]
 fn what_is_written_reaches_the_file() {
     let _dog = watchdog("what_is_written_reaches_the_file", 120);
-    let (hmm, device) = device!(options());
+    let (hmm, device) = or_skip!(open(options()));
     let program = program(&device, INCREMENT);
     for file in [memfd(PAGES), on_disk(PAGES)] {
         let map = shared(&file, PAGES);
@@ -223,7 +206,7 @@ fn what_is_written_reaches_the_file() {
 #[test]
 fn read_only_files_are_read() {
     let _dog = watchdog("read_only_files_are_read", 60);
-    let (hmm, device) = device!(options());
+    let (hmm, device) = or_skip!(open(options()));
     let (sum, add) = (program(&device, SUM), program(&device, INCREMENT));
     let file = memfd(64);
     shared(&file, 64).fill(4);
@@ -246,7 +229,7 @@ fn memory_that_migrates_still_does() {
     const COUNT: usize = 300 * HALVES;
     let _dog = watchdog("memory_that_migrates_still_does", 120);
     for options in [options(), options().copies(VulkanCopies::QueueImports)] {
-        let (hmm, device) = device!(options);
+        let (hmm, device) = or_skip!(open(options));
         let program = program_of(&device, SAXPY, true);
         let file = memfd(300);
         let (x, y, z) = (shared(&file, 300), Map::new(300), Map::new(300));
@@ -298,7 +281,7 @@ fn memory_that_migrates_still_does() {
 #[test]
 fn the_next_launch_sees_what_the_program_has_changed() {
     let _dog = watchdog("the_next_launch_sees_what_the_program_has_changed", 60);
-    let (hmm, device) = device!(options());
+    let (hmm, device) = or_skip!(open(options()));
     let program = program(&device, INCREMENT);
     let (first, second) = (memfd(PAGES), memfd(PAGES));
     let map = shared(&first, PAGES);
@@ -364,7 +347,7 @@ fn the_next_launch_sees_what_the_program_has_changed() {
 #[test]
 fn behind_the_end_of_a_file_is_an_error() {
     let _dog = watchdog("behind_the_end_of_a_file_is_an_error", 60);
-    let (hmm, device) = device!(options());
+    let (hmm, device) = or_skip!(open(options()));
     let program = program(&device, INCREMENT);
     for file in [memfd(PAGES), on_disk(PAGES)] {
         let map = shared(&file, PAGES);
@@ -386,7 +369,7 @@ fn behind_the_end_of_a_file_is_an_error() {
 #[test]
 fn what_cannot_be_imported_is_an_error_with_the_reason() {
     let _dog = watchdog("what_cannot_be_imported_is_an_error_with_the_reason", 60);
-    let (hmm, device) = device!(options());
+    let (hmm, device) = or_skip!(open(options()));
     let add = program(&device, INCREMENT);
     let file = memfd(20);
     let private = Map::with(20, READ_WRITE, libc::MAP_PRIVATE, file.as_raw_fd());
@@ -402,7 +385,7 @@ fn what_cannot_be_imported_is_an_error_with_the_reason() {
     board.set(0, map.page(0).addr() as u64);
     // SAFETY: a compiler's output, as in `program`.
     let walk = unsafe {
-        let words = words_of(WALK);
+        let words = spirv(WALK);
         let options = ProgramOptions::default();
         device.driver().program(&words, options)
     }
@@ -427,7 +410,7 @@ fn what_cannot_be_imported_is_an_error_with_the_reason() {
     drop((add, walk, board));
     end(hmm, &device);
     // Not asked for: as without.
-    let (hmm, device) = device!(options().in_place(false));
+    let (hmm, device) = or_skip!(open(options().in_place(false)));
     let add = program(&device, INCREMENT);
     let refused = kernel_error(increment(&device, &add, &map, 10));
     let reason = StayReason::Shared.to_string();
@@ -437,19 +420,12 @@ fn what_cannot_be_imported_is_an_error_with_the_reason() {
     end(hmm, &device);
 }
 
-fn words_of(bytes: &[u8]) -> Vec<u32> {
-    let words = bytes.chunks_exact(4);
-    words
-        .map(|word| u32::from_le_bytes(word.try_into().unwrap()))
-        .collect()
-}
-
 /// Huge pages that are shared: by the file behind them, which takes root.
 #[test]
 fn shared_huge_pages_are_used_where_they_are() {
     let _pool = pool!(4);
     let _dog = watchdog("shared_huge_pages_are_used_where_they_are", 60);
-    let (hmm, device) = device!(options());
+    let (hmm, device) = or_skip!(open(options()));
     let program = program(&device, INCREMENT);
     let flags = libc::MAP_SHARED | libc::MAP_HUGETLB;
     let map = Map::with(3 * HUGE, READ_WRITE, flags, -1);
@@ -471,7 +447,7 @@ fn what_goes_under_a_kernel_does_no_harm() {
     const PAGES: usize = 2048;
     const ROUNDS: u64 = 40;
     let _dog = watchdog("what_goes_under_a_kernel_does_no_harm", 200);
-    let (hmm, device) = device!(options());
+    let (hmm, device) = or_skip!(open(options()));
     let add = program(&device, INCREMENT);
     let mut rng = Rng::new(seed());
     let bystander = Map::with(16, READ_WRITE, libc::MAP_SHARED, -1);
@@ -537,7 +513,7 @@ fn a_device_that_is_removed_lets_go() {
     const PAGES: usize = 4096;
     let _dog = watchdog("a_device_that_is_removed_lets_go", 100);
     for wait_ms in [1, 5, 20] {
-        let (hmm, device) = device!(options());
+        let (hmm, device) = or_skip!(open(options()));
         let add = program(&device, INCREMENT);
         let file = memfd(PAGES);
         let map = shared(&file, PAGES);

@@ -14,7 +14,7 @@ use crate::args::DeviceKind;
 
 /// Threads of the software device that run the kernels.
 const WORKERS: usize = 2;
-/// `walk.comp`, compiled by `shaders.sh`.
+/// `walk.comp`, compiled by `cargo xtask shaders`.
 const WALK: &[u8] = include_bytes!("walk.spv");
 /// Bytes of its push constants.
 const PARAMETERS: usize = 60;

@@ -25,33 +25,24 @@ pub trait AnyDevice: fmt::Debug + Sync {
     fn free_memory(&self) -> ByteCount;
 }
 
-impl AnyDevice for SoftwareDevice {
-    fn id(&self) -> DeviceId {
-        Self::id(self)
-    }
+macro_rules! any_device {
+    ($($device:ty),+) => {
+        $(impl AnyDevice for $device {
+            fn id(&self) -> DeviceId {
+                Self::id(self)
+            }
 
-    fn memory(&self) -> ByteCount {
-        Self::memory(self)
-    }
+            fn memory(&self) -> ByteCount {
+                Self::memory(self)
+            }
 
-    fn free_memory(&self) -> ByteCount {
-        Self::free_memory(self)
-    }
+            fn free_memory(&self) -> ByteCount {
+                Self::free_memory(self)
+            }
+        })+
+    };
 }
-
-impl AnyDevice for VulkanDevice {
-    fn id(&self) -> DeviceId {
-        Self::id(self)
-    }
-
-    fn memory(&self) -> ByteCount {
-        Self::memory(self)
-    }
-
-    fn free_memory(&self) -> ByteCount {
-        Self::free_memory(self)
-    }
-}
+any_device!(SoftwareDevice, VulkanDevice);
 
 /// Which device, and what its kernels do about pages that are missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
