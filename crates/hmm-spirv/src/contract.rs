@@ -100,6 +100,20 @@ pub mod table {
     pub const READABLE: u64 = 1;
     /// Entry bit: may be written.
     pub const WRITABLE: u64 = 2;
-    /// Entry bit: the aligned 64 KiB around the page lie together in memory.
-    pub const WIDE: u64 = 4;
+
+    /// log2 of what a group spans: 16 pages that lie together in memory, aligned alike,
+    /// with the same rights.
+    pub const GROUP_SHIFT: u32 = 16;
+    /// Byte offset of the groups behind the root. A group's entry stands at its number
+    /// modulo [`GROUPS`], if there is no other one: page entries say all that groups say.
+    pub const GROUPS_AT: u64 = (ROOT_ENTRIES * 8).next_multiple_of(4096);
+    /// Entries for groups, `u64` each: the device address; in bits 1 to 14 bits 33 to 46
+    /// of the address that they are for; [`GROUP_READABLE`] and [`GROUP_WRITABLE`].
+    pub const GROUPS: u64 = 1 << 17;
+    /// Group entry bit: may be read. So 0 is no entry.
+    pub const GROUP_READABLE: u64 = 1;
+    /// Group entry bit: may be written.
+    pub const GROUP_WRITABLE: u64 = 1 << 15;
+    /// Size of the root with the groups.
+    pub const ROOT_SIZE: u64 = GROUPS_AT + GROUPS * 8;
 }

@@ -53,13 +53,33 @@ struct Entry {
     delta: u32,
 }
 
-/// The leaf that was looked into last, and for which part of the address space: where the
-/// TLB is of no use, that spares a load for which the next one waits. Where it is, two more
-/// variables cost a stream a tenth.
+/// What may be a group's entry.
 #[derive(Clone, Copy, Debug)]
-struct LastLeaf {
-    leaf: u32,
-    part: u32,
+struct Group {
+    entry: u32,
+    /// Its low word.
+    tag: u32,
+    /// The tag of the group that was looked for, if it may be read.
+    wanted: u32,
+}
+
+impl Group {
+    /// Whether it is the right one, and allows an access.
+    fn allows(self, code: &mut Code<'_>, kind: Kind) -> u32 {
+        let (mask, wanted) = match kind {
+            Kind::Read => (0x7fff, self.wanted),
+            Kind::Write => (0xffff, code.word_with(Op::BitwiseXor, self.wanted, 1 << 15)),
+        };
+        let tag = code.word_with(Op::BitwiseAnd, self.tag, mask);
+        code.test(Op::IEqual, &[tag, wanted])
+    }
+
+    /// Where an address in it lies.
+    fn place(self, code: &mut Code<'_>, address: u32) -> u32 {
+        let memory = code.long_with(Op::BitwiseAnd, self.entry, !0xffff);
+        let offset = code.long_with(Op::BitwiseAnd, address, 0xffff);
+        code.long(Op::BitwiseOr, memory, offset)
+    }
 }
 
 /// The variables of a kernel's instrumentation.
@@ -71,7 +91,8 @@ pub(crate) struct Runtime {
     /// Control block values that are read once: by the offset there.
     uniform: Vec<(u64, u32)>,
     slots: Vec<Entry>,
-    last_leaf: Option<LastLeaf>,
+    /// Where the access that is under way goes, where pointers are chased.
+    place: Option<u32>,
     /// How the invocation has given up: 0 if it has not, [`STOPPED`], or the low word
     /// of the access that missed, as it is logged, with [`MISSED`] set. One word, and
     /// another one for the rest: a round of a loop costs something for each variable
@@ -120,7 +141,7 @@ impl Runtime {
             control: address,
             uniform,
             slots: Vec::new(),
-            last_leaf: None,
+            place: None,
             end: 0,
             end_high: 0,
             wrote: 0,
@@ -199,7 +220,8 @@ impl Runtime {
                 let entry = self.walk(code, address, Fresh::No);
                 place(code, entry, address)
             }
-            Variant::Checked => self.checked(code, address, kind, slot, burns, result),
+            Variant::Checked if slot.chased => self.chased(code, address, kind, burns, result),
+            Variant::Checked => self.checked(code, address, kind, slot.number, burns, result),
             Variant::Stall => {
                 let ulong = code.build.ulong();
                 let function = self.stall_fn(code.build, kind);
@@ -266,27 +288,31 @@ impl Runtime {
         self.entry(code, leaf, address, fresh)
     }
 
-    /// The same, from the leaf that was looked into last if it is there.
-    fn walk_again(&self, code: &mut Code<'_>, address: u32, last: LastLeaf) -> u32 {
-        let ulong = code.build.ulong();
-        let part = code.long_with(Op::ShiftRightLogical, address, u64::from(table::ROOT_SHIFT));
-        let before = code.get(ulong, last.part);
-        let other = code.test(Op::INotEqual, &[part, before]);
-        code.rarely(other, |code| {
-            let leaf = self.leaf(code, address, Fresh::No);
-            code.set(last.leaf, leaf);
-            code.set(last.part, part);
-        });
-        let leaf = code.get(ulong, last.leaf);
-        self.entry(code, leaf, address, Fresh::No)
-    }
-
     fn entry(&self, code: &mut Code<'_>, leaf: u32, address: u32, fresh: Fresh) -> u32 {
         let shift = u64::from(table::PAGE_SHIFT) - 3;
         let offset = code.long_with(Op::ShiftRightLogical, address, shift);
         let offset = code.long_with(Op::BitwiseAnd, offset, (table::LEAF_ENTRIES - 1) << 3);
         let at = code.long(Op::IAdd, leaf, offset);
         code.read_long(at, fresh)
+    }
+
+    /// What the table has for the group that an address is in.
+    fn group(&self, code: &mut Code<'_>, address: u32) -> Group {
+        let ulong = code.build.ulong();
+        let root = self.uniform(code, control::TABLE);
+        let groups = code.long_with(Op::IAdd, root, table::GROUPS_AT);
+        let shift = u64::from(table::GROUP_SHIFT) - 3;
+        let offset = code.long_with(Op::ShiftRightLogical, address, shift);
+        let offset = code.long_with(Op::BitwiseAnd, offset, (table::GROUPS - 1) << 3);
+        let at = code.op(Op::IAdd, ulong, &[groups, offset]);
+        let entry = code.read_long(at, Fresh::No);
+        // Half of the words are compared at half of the price. Bit 32 of the address,
+        // which is in the entry's place already, gives way to the right to read.
+        let high = code.long_with(Op::ShiftRightLogical, address, 32);
+        let high = code.low_word(high);
+        let wanted = code.word_with(Op::BitwiseOr, high, 1);
+        let tag = code.low_word(entry);
+        Group { entry, tag, wanted }
     }
 
     /// A function of one address that returns what `body` leaves.
@@ -331,18 +357,15 @@ impl Runtime {
         id
     }
 
-    fn last_leaf(&mut self, build: &mut Gen) -> LastLeaf {
-        if let Some(last) = self.last_leaf {
-            return last;
+    fn place(&mut self, build: &mut Gen) -> u32 {
+        if let Some(place) = self.place {
+            return place;
         }
-        let (ulong, zero, none) = (build.ulong(), build.long(0), build.long(u64::MAX));
-        let last = LastLeaf {
-            leaf: build.private(ulong, zero),
-            part: build.private(ulong, none),
-        };
-        self.variables.extend([last.leaf, last.part]);
-        self.last_leaf = Some(last);
-        last
+        let (ulong, zero) = (build.ulong(), build.long(0));
+        let place = build.private(ulong, zero);
+        self.variables.push(place);
+        self.place = Some(place);
+        place
     }
 
     fn slot(&mut self, build: &mut Gen, slot: usize) -> Entry {
@@ -371,13 +394,12 @@ impl Runtime {
         code: &mut Code<'_>,
         address: u32,
         kind: Kind,
-        Slot { number, chased }: Slot,
+        slot: usize,
         burns: bool,
         result: u32,
     ) -> u32 {
-        let ulong = code.build.ulong();
-        let slot = self.slot(code.build, number % MAX_SLOTS);
-        let last = chased.then(|| self.last_leaf(code.build));
+        let (ulong, bool) = (code.build.ulong(), code.build.bool());
+        let slot = self.slot(code.build, slot % MAX_SLOTS);
         let tag = match kind {
             Kind::Read => slot.read,
             Kind::Write => slot.write,
@@ -385,49 +407,97 @@ impl Runtime {
         let mask = code.get(ulong, slot.mask);
         let tag = code.get(ulong, tag);
         let page = code.long(Op::BitwiseAnd, address, mask);
-        let mut slow = code.test(Op::INotEqual, &[page, tag]);
+        let slow = code.test(Op::INotEqual, &[page, tag]);
+        self.slow(code, slow, burns, result, |it, code| {
+            let group = it.group(code, address);
+            let page = it.walk(code, address, Fresh::No);
+            let wide = group.allows(code, Kind::Read);
+            let (small, large) = (code.build.long(!0xfff), code.build.long(!0xffff));
+            let mask = code.op(Op::Select, ulong, &[wide, large, small]);
+            let entry = code.op(Op::Select, ulong, &[wide, group.entry, page]);
+            let memory = code.long(Op::BitwiseAnd, entry, mask);
+            let start = code.long(Op::BitwiseAnd, address, mask);
+            let none = code.build.long(1);
+            for (tag, kind) in [(slot.read, Kind::Read), (slot.write, Kind::Write)] {
+                // A page's entry does not speak for its neighbours: it may have become
+                // writable since the group was looked at.
+                let [group, page] = [group.allows(code, kind), code.has_bit(page, kind.bit())];
+                let allowed = code.op(Op::Select, bool, &[wide, group, page]);
+                let start = code.op(Op::Select, ulong, &[allowed, start, none]);
+                code.set(tag, start);
+            }
+            code.set(slot.mask, mask);
+            let delta = code.long(Op::ISub, memory, start);
+            code.set(slot.delta, delta);
+            it.refuse(code, page, address, kind, result);
+        });
+        let delta = code.get(ulong, slot.delta);
+        code.long(Op::IAdd, address, delta)
+    }
+
+    /// Looks into the groups first, as they are few: 32 KiB of them for 256 MiB. Where
+    /// pointers are followed from place to place a slot is seldom right, and a page's
+    /// entry seldom in a cache.
+    fn chased(
+        &mut self,
+        code: &mut Code<'_>,
+        address: u32,
+        kind: Kind,
+        burns: bool,
+        result: u32,
+    ) -> u32 {
+        let ulong = code.build.ulong();
+        let variable = self.place(code.build);
+        let group = self.group(code, address);
+        let there = group.place(code, address);
+        code.set(variable, there);
+        let allowed = group.allows(code, kind);
+        let slow = code.test(Op::LogicalNot, &[allowed]);
+        self.slow(code, slow, burns, result, |it, code| {
+            let entry = it.walk(code, address, Fresh::No);
+            let there = place(code, entry, address);
+            code.set(variable, there);
+            it.refuse(code, entry, address, kind, result);
+        });
+        code.get(ulong, variable)
+    }
+
+    /// Does `then` where `slow` holds, and also what [`Runtime::burn`] does if it `burns`.
+    fn slow(
+        &self,
+        code: &mut Code<'_>,
+        slow: u32,
+        burns: bool,
+        result: u32,
+        then: impl FnOnce(&Self, &mut Code<'_>),
+    ) {
         let empty = burns.then(|| self.spend(code));
-        if let Some(empty) = empty {
-            slow = code.test(Op::LogicalOr, &[slow, empty]);
-        }
+        let slow = match empty {
+            Some(empty) => code.test(Op::LogicalOr, &[slow, empty]),
+            None => slow,
+        };
         code.rarely(slow, |code| {
             if let Some(empty) = empty {
                 code.rarely(empty, |code| self.refuel(code, result));
             }
-            let entry = match last {
-                None => self.walk(code, address, Fresh::No),
-                Some(last) => self.walk_again(code, address, last),
-            };
-            let wide = code.has_bit(entry, table::WIDE);
-            let (small, large) = (code.build.long(!0xfff), code.build.long(!0xffff));
-            let mask = code.op(Op::Select, ulong, &[wide, large, small]);
-            let page = code.long(Op::BitwiseAnd, address, mask);
-            let none = code.build.long(1);
-            for (tag, kind) in [(slot.read, Kind::Read), (slot.write, Kind::Write)] {
-                let allowed = code.has_bit(entry, kind.bit());
-                let page = code.op(Op::Select, ulong, &[allowed, page, none]);
-                code.set(tag, page);
-            }
-            code.set(slot.mask, mask);
-            let frame = code.long_with(Op::BitwiseAnd, entry, !0xfff);
-            let start = code.long_with(Op::BitwiseAnd, address, !0xfff);
-            let delta = code.long(Op::ISub, frame, start);
-            code.set(slot.delta, delta);
-            let allowed = code.has_bit(entry, kind.bit());
-            let refused = code.test(Op::LogicalNot, &[allowed]);
-            code.rarely(refused, |code| {
-                let fault = logged(code, address, kind);
-                let high = code.long_with(Op::ShiftRightLogical, fault, 32);
-                let high = code.low_word(high);
-                code.set(self.end_high, high);
-                let low = code.low_word(fault);
-                let low = code.word_with(Op::BitwiseOr, low, MISSED);
-                code.set(self.end, low);
-                leave(code, result);
-            });
+            then(self, code);
         });
-        let delta = code.get(ulong, slot.delta);
-        code.long(Op::IAdd, address, delta)
+    }
+
+    /// Gives up, in a function that returns `result`, if an entry does not allow the access.
+    fn refuse(&self, code: &mut Code<'_>, entry: u32, address: u32, kind: Kind, result: u32) {
+        let allowed = code.has_bit(entry, kind.bit());
+        let refused = code.test(Op::LogicalNot, &[allowed]);
+        code.rarely(refused, |code| {
+            let fault = logged(code, address, kind);
+            let high = code.long_with(Op::ShiftRightLogical, fault, 32);
+            let high = code.low_word(high);
+            code.set(self.end_high, high);
+            let low = code.low_word(fault);
+            let low = code.word_with(Op::BitwiseOr, low, MISSED);
+            code.set(self.end, low);
+            leave(code, result);
+        });
     }
 
     /// Once in many rounds of a loop: returns early, from a function that returns
@@ -477,7 +547,7 @@ fn leave(code: &mut Code<'_>, result: u32) {
     }
 }
 
-/// Where an address lies, by its table entry.
+/// Where an address lies, by the table's entry for its page.
 pub(crate) fn place(code: &mut Code<'_>, entry: u32, address: u32) -> u32 {
     let frame = code.long_with(Op::BitwiseAnd, entry, !0xfff);
     let offset = code.long_with(Op::BitwiseAnd, address, 0xfff);

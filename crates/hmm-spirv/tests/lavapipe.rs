@@ -95,6 +95,57 @@ fn stream() {
     });
 }
 
+/// Addresses that differ from one that is mapped in bits that no address of a program has.
+#[test]
+fn addresses_of_nobody_are_missed() {
+    isolated("addresses_of_nobody_are_missed", || {
+        for bit in [33, 46, 47, 48, 62, 63] {
+            for (name, writes) in [("chase", false), ("scatter", true)] {
+                let mut host = open(BASE, MIB);
+                let node = host.allocate(16, 16);
+                let nodes = host.allocate(16, 8);
+                let sums = host.allocate(16, 8);
+                // The first one's page is there before the second one's is missed.
+                let astray = node ^ 1 << bit;
+                host.write_longs(nodes, &[node, astray]);
+                let pipeline = host.compile(&kernel(name), Variant::Checked);
+                let nodes = nodes.to_le_bytes();
+                let args = if writes {
+                    push(&[&nodes, &2u32.to_le_bytes()])
+                } else {
+                    push(&[&nodes, &sums.to_le_bytes(), &2u32.to_le_bytes()])
+                };
+                let launch = || host.launch(&pipeline, Variant::Checked, &args, 1);
+                let missed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(launch));
+                let missed = missed.expect_err("it was taken for another address");
+                let said = missed.downcast_ref::<String>().expect("a text");
+                let asked = if writes { astray | 1 } else { astray + 8 };
+                let address = format!("asked for {asked:#x}");
+                assert!(said.contains(&address), "{said}, not {address}");
+            }
+        }
+    });
+}
+
+/// While pages are made writable one by one, a kernel may see a group that may be read,
+/// and a page of it that may be written: its neighbours may not.
+#[test]
+fn a_page_does_not_speak_for_its_group() {
+    isolated("a_page_does_not_speak_for_its_group", || {
+        for variant in [Variant::Checked, Variant::Stall] {
+            let mut host = open(BASE, 8 * MIB);
+            host.grain = Grain::Torn;
+            // Four pages for each of 64 invocations.
+            let data = host.allocate(MIB, 4096);
+            let pipeline = host.compile(&kernel("contiguous"), variant);
+            let args = push(&[&data.to_le_bytes(), &4096u32.to_le_bytes()]);
+            let report = host.launch(&pipeline, variant, &args, 1);
+            eprintln!("{variant:?} {report:?}");
+            assert_eq!(host.asked.len(), 256, "pages were written that nobody gave");
+        }
+    });
+}
+
 #[test]
 fn small_log() {
     isolated("small_log", || {

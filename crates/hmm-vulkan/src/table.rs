@@ -3,13 +3,22 @@
 //! ```text
 //! root   [2^17 + 1]  device addresses of leaves, one per GiB; the last is for every
 //!                    address of 2^47 and above
+//! groups [2^17]      entries for 64 KiB, each at its number modulo 2^17
 //! leaf   [2^18]      entries, one per page; then 2 x 2^18 "wanted" bits
-//! entry  63..12 frame's device address | 2: 64 KiB lie together | 1 write | 0 read
+//! entry of a page    63..12 frame's device address | 1 write | 0 read
+//! of a group         63..16 its device address | 15 write | 14..1 bits 46..33 of the
+//!                    address that it is for | 0 read
 //! ```
 //!
 //! No root entry is null: where there is no leaf it is the *empty leaf*, number 0, whose
 //! entries stay zero. So a kernel looks twice and never asks. The host writes entries, 8
 //! bytes at once; kernels set wanted bits, and the host clears them.
+//!
+//! A group's entry says the same as its 16 pages' entries, where these lie together: so
+//! few words that they stay in a cache while a kernel goes all over its memory. What is
+//! 8 GiB further on has the same place. Nobody minds: who comes last is there, an
+//! entry that is not there is looked up page by page, and who goes leaves 0 behind,
+//! whoever was there. So the host only ever writes them.
 //!
 //! Neighbours in 64 KiB belong to one block of the engine, whose lock the caller has, so
 //! a group of 16 entries has one writer at a time. Leaves that have become empty are
@@ -39,17 +48,21 @@ const WANTED_WORDS: usize = LEAF_PAGES * 2 / 32;
 pub(crate) const LEAF_BYTES: usize = WANTED + WANTED_WORDS * 4;
 /// Entries of the root, without the one for addresses of no user.
 const GIBS: usize = 1 << 17;
-/// Bytes of the root.
-pub(crate) const ROOT_BYTES: usize = (GIBS + 1) * 8;
+/// Where the groups begin, behind the root.
+const GROUPS_AT: usize = ((GIBS + 1) * 8).next_multiple_of(4096);
+const GROUPS: usize = 1 << 17;
+/// Bytes of the root and the groups.
+pub(crate) const ROOT_BYTES: usize = GROUPS_AT + GROUPS * 8;
 const GIB_SHIFT: u32 = 30;
 
 const READ: u64 = 1;
 const WRITE: u64 = 2;
-const TOGETHER: u64 = 4;
 const FLAGS: u64 = PAGE_SIZE - 1;
 /// Pages that one entry can speak for.
 const GROUP: usize = 16;
 const GROUP_BYTES: u64 = GROUP as u64 * PAGE_SIZE;
+/// Of a group's entry, where a page's has [`WRITE`].
+const GROUP_WRITE: u64 = 1 << 15;
 
 /// What [`Table::used`] holds while a leaf is taken back.
 const TAKEN: u32 = 1 << 31;
@@ -146,7 +159,7 @@ impl Table {
         let mut fits = true;
         self.for_spans(range, |leaf, page, count, done| {
             for index in 0..count {
-                let old = self.load(leaf, page + index) & !TOGETHER;
+                let old = self.load(leaf, page + index);
                 let new = (first + ((done + index) as u64) * PAGE_SIZE) | flags;
                 fits &= old == 0 || (old & !new == 0 && old & !FLAGS == new & !FLAGS);
             }
@@ -161,8 +174,9 @@ impl Table {
             "{range} is mapped otherwise"
         );
         let flags = flags(access);
-        self.for_spans(range, |leaf, page, count, done| {
-            self.update(leaf, page, count, |index| {
+        let start = range.start().addr() >> PAGE_SHIFT;
+        self.for_spans(range, |leaf, _, count, done| {
+            self.update(leaf, start + done, count, |index| {
                 (first + ((done + index) as u64) * PAGE_SIZE) | flags
             });
         });
@@ -188,10 +202,11 @@ impl Table {
     /// may be done, and when no access through them is under way any more.
     pub(crate) fn clear(&self, range: PageRange) -> bool {
         let mut any = false;
-        self.for_spans(range, |leaf, page, count, _| {
+        let start = range.start().addr() >> PAGE_SHIFT;
+        self.for_spans(range, |leaf, page, count, done| {
             let found = (page..page + count).any(|page| self.load(leaf, page) != 0);
             if found {
-                self.update(leaf, page, count, |_| 0);
+                self.update(leaf, start + done, count, |_| 0);
                 any = true;
             }
         });
@@ -295,21 +310,25 @@ impl Table {
     }
 
     /// Enters pages of one leaf, and keeps the groups of 16 that they lie in right.
-    fn update(&self, leaf: u32, first: usize, count: usize, entry: impl Fn(usize) -> u64) {
+    /// `number` is the first one's in the address space.
+    fn update(&self, leaf: u32, number: usize, count: usize, entry: impl Fn(usize) -> u64) {
+        let first = number % LEAF_PAGES;
         let end = first + count;
         for group in first / GROUP..=(end - 1) / GROUP {
             let start = group * GROUP;
             let old: [u64; GROUP] = std::array::from_fn(|index| self.load(leaf, start + index));
-            let mut new: [u64; GROUP] = std::array::from_fn(|index| {
+            let new: [u64; GROUP] = std::array::from_fn(|index| {
                 let page = start + index;
                 if (first..end).contains(&page) {
                     entry(page - first)
                 } else {
-                    old[index] & !TOGETHER
+                    old[index]
                 }
             });
-            if lies_together(&new) {
-                new.iter_mut().for_each(|entry| *entry |= TOGETHER);
+            let (before, after) = (together(&old), together(&new));
+            let address = (number - first + start) << PAGE_SHIFT;
+            if before != 0 && before != after {
+                self.set_group(address, 0);
             }
             let (mut more, mut fewer) = (0, 0);
             for index in 0..GROUP {
@@ -318,6 +337,9 @@ impl Table {
                     more += u32::from(old[index] == 0);
                     fewer += u32::from(new[index] == 0);
                 }
+            }
+            if after != 0 && before != after {
+                self.set_group(address, after);
             }
             self.used[leaf as usize].fetch_add(more, Ordering::SeqCst);
             self.used[leaf as usize].fetch_sub(fewer, Ordering::SeqCst);
@@ -434,6 +456,23 @@ impl Table {
         }
     }
 
+    /// Enters the group at an address; `page` is its first page's entry, or 0.
+    fn set_group(&self, address: usize, page: u64) {
+        let index = (address >> PAGE_SHIFT) / GROUP % GROUPS;
+        let write = if page & WRITE == 0 { 0 } else { GROUP_WRITE };
+        let tag = (address >> 33 << 1) as u64;
+        let entry = match page {
+            0 => 0,
+            page => page & !FLAGS | write | tag | READ,
+        };
+        // SAFETY: the groups are behind the root, and this is one of them.
+        let word = unsafe {
+            let groups = self.root.host.add(GROUPS_AT);
+            &*groups.cast::<AtomicU64>().add(index)
+        };
+        word.store(entry, Ordering::Release);
+    }
+
     fn wanted(&self, leaf: u32, word: usize) -> &AtomicU32 {
         debug_assert!((leaf as usize) < self.used.len() && word < WANTED_WORDS);
         // SAFETY: as in `entry`, for the words behind the entries.
@@ -469,14 +508,15 @@ const fn flags(access: Access) -> u64 {
     }
 }
 
-fn lies_together(group: &[u64; GROUP]) -> bool {
+/// The first entry of pages that are a group, or 0.
+fn together(group: &[u64; GROUP]) -> u64 {
     let first = group[0];
-    first & READ != 0
-        && first & !FLAGS & (GROUP_BYTES - 1) == 0
+    let together = first & !FLAGS & (GROUP_BYTES - 1) == 0
         && group
             .iter()
             .zip(0u64..)
-            .all(|(&entry, index)| entry == first + index * PAGE_SIZE)
+            .all(|(&entry, index)| entry == first + index * PAGE_SIZE);
+    if together { first } else { 0 }
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@
 
 pub mod vulkan;
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -48,6 +49,9 @@ pub enum Grain {
     Small,
     /// Maps 64 KiB that lie together.
     Large,
+    /// The same for reading; single pages become writable, and their groups do not yet
+    /// know.
+    Torn,
 }
 
 /// What a launch took.
@@ -78,6 +82,8 @@ pub struct Host {
     placed: Vec<Option<u64>>,
     free: Vec<u64>,
     pub grain: Grain,
+    /// Pages that have been asked for to be written, where the grain is `Torn`.
+    pub asked: BTreeSet<u64>,
     pub log_capacity: u32,
     pub stall_polls: u32,
     /// Pages are taken away from a stalled kernel every so many polls of the host.
@@ -95,7 +101,7 @@ impl Host {
         let gpu = Gpu::open()?;
         let bytes = bytes.next_multiple_of(WIDE);
         let pages = usize::try_from(bytes / PAGE).expect("pages");
-        let root = gpu.buffer(table::ROOT_ENTRIES * 8);
+        let root = gpu.buffer(table::ROOT_SIZE);
         let empty = gpu.buffer(table::LEAF_SIZE);
         for index in 0..table::ROOT_ENTRIES {
             long(&root, index * 8).store(empty.address, Ordering::Relaxed);
@@ -119,6 +125,7 @@ impl Host {
             placed: vec![None; pages],
             free: Vec::new(),
             grain: Grain::Large,
+            asked: BTreeSet::new(),
             log_capacity: 1 << 12,
             stall_polls: 1 << 28,
             evict: false,
@@ -222,6 +229,16 @@ impl Host {
         long(&self.leaves[leaf].1, at).store(entry, Ordering::SeqCst);
     }
 
+    /// Enters a group; at 0 there is none.
+    fn set_group(&mut self, page: u64, memory: u64, writable: bool) {
+        let address = self.base + page * PAGE;
+        let write = if writable { table::GROUP_WRITABLE } else { 0 };
+        let tag = address >> 33 << 1 | table::GROUP_READABLE | write;
+        let entry = if memory == 0 { 0 } else { memory | tag };
+        let at = table::GROUPS_AT + (address >> 16 & (table::GROUPS - 1)) * 8;
+        long(&self.root, at).store(entry, Ordering::SeqCst);
+    }
+
     fn copy(&mut self, page: u64, frame: u64, home: bool) {
         let at = usize::try_from(page * PAGE).expect("an offset");
         let frame = usize::try_from(self.first_frame() - self.frames.address + frame * PAGE)
@@ -242,12 +259,13 @@ impl Host {
 
     fn unmap(&mut self, page: u64) {
         if let Some(frame) = self.placed[usize::try_from(page).expect("a page")].take() {
+            self.set_group(page, 0, false);
             self.set_entry(page, 0);
             self.copy(page, frame, true);
             match self.grain {
                 Grain::Small => self.free.push(frame),
-                Grain::Large if frame % 16 == 15 => self.free.push(frame / 16),
-                Grain::Large => {}
+                Grain::Large | Grain::Torn if frame % 16 == 15 => self.free.push(frame / 16),
+                Grain::Large | Grain::Torn => {}
             }
         }
     }
@@ -276,8 +294,10 @@ impl Host {
                 let rights = if writes { 3 } else { 1 };
                 self.set_entry(page, (first + frame * PAGE) | rights);
             }
-            Grain::Large => {
+            Grain::Large | Grain::Torn => {
                 let start = page / 16 * 16;
+                let writable = self.grain == Grain::Large;
+                let rights = if writable { 3 } else { 1 };
                 assert_eq!(self.base % WIDE, 0, "wide pages are aligned alike");
                 if self.placed[at].is_none() {
                     let frame = self.free.pop().expect("a frame") * 16;
@@ -287,8 +307,14 @@ impl Host {
                             Some(frame + more);
                     }
                     for more in 0..16 {
-                        self.set_entry(start + more, (first + (frame + more) * PAGE) | 7);
+                        self.set_entry(start + more, (first + (frame + more) * PAGE) | rights);
                     }
+                    self.set_group(start, first + frame * PAGE, writable);
+                }
+                if writes && !writable {
+                    let frame = self.placed[at].expect("it has just been placed");
+                    self.set_entry(page, (first + frame * PAGE) | 3);
+                    self.asked.insert(page);
                 }
             }
         }

@@ -39,20 +39,36 @@ impl Memory {
 
     /// What a kernel finds: the walk of the contract.
     fn walk(&self, address: u64) -> u64 {
-        let read = |device: u64| {
-            let at = self
-                .base
-                .wrapping_add(usize::try_from(device - FAR).unwrap());
-            // SAFETY: an aligned word of the table.
-            unsafe { (*at.cast::<AtomicU64>()).load(Ordering::Acquire) }
-        };
+        self.read(self.leaf(address) + (address >> 12 & (LEAF_PAGES as u64 - 1)) * 8)
+    }
+
+    /// What a kernel finds for the address's group: as a page's entry, or 0.
+    fn group(&self, address: u64) -> u64 {
+        let entry = self.read(FAR + GROUPS_AT as u64 + (address >> 16) % GROUPS as u64 * 8);
+        let there = entry & 1 != 0 && entry & 0x7ffe == address >> 33 << 1;
+        let write = entry >> 15 << 1 & WRITE;
+        if there {
+            entry & !0xffff | write | READ
+        } else {
+            0
+        }
+    }
+
+    fn leaf(&self, address: u64) -> u64 {
         let slot = if address >> 47 == 0 {
             address >> 30
         } else {
             GIBS as u64
         };
-        let leaf = read(FAR + slot * 8);
-        read(leaf + (address >> 12 & (LEAF_PAGES as u64 - 1)) * 8)
+        self.read(FAR + slot * 8)
+    }
+
+    fn read(&self, device: u64) -> u64 {
+        let at = self
+            .base
+            .wrapping_add(usize::try_from(device - FAR).unwrap());
+        // SAFETY: an aligned word of the table.
+        unsafe { (*at.cast::<AtomicU64>()).load(Ordering::Acquire) }
     }
 }
 
@@ -84,6 +100,7 @@ fn no_address_leads_astray() {
     memory.table(false);
     for address in [0, 4096, 1 << 30, (1 << 47) - 1, 1 << 47, u64::MAX] {
         assert_eq!(memory.walk(address), 0, "{address:#x}");
+        assert_eq!(memory.group(address), 0, "{address:#x}");
     }
 }
 
@@ -108,13 +125,13 @@ fn entries_say_where_and_what() {
 }
 
 #[test]
-fn sixteen_pages_that_lie_together_say_so() {
+fn sixteen_pages_that_lie_together_are_a_group() {
     let memory = Memory::new();
     let (table, gate) = (memory.table(false), Gate::new(Pool::new(LEAVES)));
-    let bit = |page: u64| memory.walk(page << 12) & TOGETHER != 0;
+    let group = |page: u64| memory.group(page << 12);
     // Page by page: the last one makes it so for all.
     for page in 32..48 {
-        assert!(!bit(32));
+        assert_eq!(group(32), 0);
         map(
             &table,
             &gate,
@@ -123,14 +140,16 @@ fn sixteen_pages_that_lie_together_say_so() {
             Access::Write,
         );
     }
-    assert!((32..48).all(bit));
+    let whole = 48 << 12 | READ | WRITE;
+    assert_eq!(group(32), whole);
+    assert_eq!(group(47), whole);
     // Another access for one of them, a page less, a page more.
     table.clear(pages(40, 1));
-    assert!(!(32..48).any(bit));
+    assert_eq!(group(32), 0);
     map(&table, &gate, pages(40, 1), 56 << 12, Access::Read);
-    assert!(!(32..48).any(bit));
+    assert_eq!(group(32), 0);
     map(&table, &gate, pages(40, 1), 56 << 12, Access::Write);
-    assert!((32..48).all(bit));
+    assert_eq!(group(32), whole);
     // A run over three groups; the frames are aligned like the pages, or are not.
     map(
         &table,
@@ -139,10 +158,27 @@ fn sixteen_pages_that_lie_together_say_so() {
         (128 + 8) << 12,
         Access::Read,
     );
-    let together: Vec<u64> = (64..112).filter(|&page| bit(page)).collect();
-    assert_eq!(together, (80..96).collect::<Vec<_>>());
+    assert_eq!([64, 80, 96].map(group), [0, 144 << 12 | READ, 0]);
     map(&table, &gate, pages(128, 16), 7 << 12, Access::Read);
-    assert!(!(128..144).any(bit));
+    assert_eq!(group(128), 0);
+}
+
+#[test]
+fn groups_of_one_place_are_not_taken_for_each_other() {
+    let memory = Memory::new();
+    let (table, gate) = (memory.table(false), Gate::new(Pool::new(LEAVES)));
+    let [near, far] = [1u64, 0x3fff].map(|place| place << 33 >> 12);
+    map(&table, &gate, pages(near, 16), 0x1_0000, Access::Read);
+    assert_eq!(memory.group(near << 12), 0x1_0000 | READ);
+    assert_eq!(memory.group(far << 12), 0);
+    map(&table, &gate, pages(far, 16), 0x2_0000, Access::Write);
+    assert_eq!(memory.group(far << 12), 0x2_0000 | READ | WRITE);
+    assert_eq!(memory.group(near << 12), 0);
+    assert_eq!(memory.walk(near << 12), 0x1_0000 | READ);
+    // Whoever goes, nothing of it is left.
+    table.clear(pages(far + 3, 1));
+    assert_eq!([near, far].map(|page| memory.group(page << 12)), [0, 0]);
+    assert_eq!(memory.walk(near << 12), 0x1_0000 | READ);
 }
 
 #[test]
@@ -190,7 +226,7 @@ fn what_was_wanted_is_forgotten() {
     }
 }
 
-/// Random maps and clears against a map of pages, and the bit against its definition.
+/// Random maps and clears against a map of pages, and groups against their definition.
 #[test]
 fn behaves_like_a_plain_map() {
     for (seed, slow) in [(1u64, false), (2, true), (3, false)] {
@@ -228,13 +264,15 @@ fn behaves_like_a_plain_map() {
             for page in base..base + 160 {
                 let entry = memory.walk(page << 12);
                 let expected = model.get(&page).copied().unwrap_or(0);
-                assert_eq!(entry & !TOGETHER, expected, "page {page}, seed {seed}");
-                let group = page / 16 * 16;
-                let first = model.get(&group).copied().unwrap_or(0);
+                assert_eq!(entry, expected, "page {page}, seed {seed}");
+                let start = page / 16 * 16;
+                let first = model.get(&start).copied().unwrap_or(0);
                 let together = first != 0
                     && first & 0xf000 == 0
-                    && (0..16).all(|k| model.get(&(group + k)) == Some(&(first + (k << 12))));
-                assert_eq!(entry & TOGETHER != 0, together, "page {page}, seed {seed}");
+                    && (0..16).all(|k| model.get(&(start + k)) == Some(&(first + (k << 12))));
+                let expected = if together { first } else { 0 };
+                let group = memory.group(page << 12);
+                assert_eq!(group, expected, "page {page}, seed {seed}");
             }
         }
     }
