@@ -16,7 +16,11 @@ pub trait Embedder {
         self.exclude(range);
     }
 
-    /// The opposite, with the very same range: the device has given it up.
+    /// Says that shared objects have been loaded which stay: neither may the memory of
+    /// these migrate. On a thread of the device.
+    fn objects_are_loaded(&self) {}
+
+    /// The opposite of excluding, with the very same range: the device has given it up.
     fn include(&self, range: PageRange);
 
     /// Runs `body` on a thread of this name, whose stack must never be migrated.

@@ -40,9 +40,9 @@ pub struct VulkanConfig<'a> {
     /// Where the device is the CPU, let its memory be the process's own: aligned, in huge
     /// pages, and excluded from migration before anybody can use it.
     pub own_memory: bool,
-    /// Let kernels use system memory in place. Only where the device is the CPU, and
-    /// only for programs that leave that memory alone meanwhile: see
-    /// [`crate::VulkanDevice`].
+    /// Let kernels use system memory in place. Only where the device is the CPU and its
+    /// driver works in this process (else [`crate::VulkanError::Elsewhere`]), and only for
+    /// programs that leave that memory alone meanwhile: see [`crate::VulkanDevice`].
     pub system_memory: bool,
     /// Let kernels use in place what never migrates and is mapped as shared (files, shared
     /// memory), where the driver imports it: see `docs/vulkan.md`. Nothing is imported for

@@ -52,6 +52,15 @@ pub enum VulkanError {
         /// Vulkan's name of it.
         feature: &'static str,
     },
+    /// The device cannot use memory of this process where it is.
+    #[error(
+        "{device} has addresses of its own, so it cannot use memory of this process in place; with \
+         `import_memory` it uses what is mapped as shared, if its driver imports that"
+    )]
+    Elsewhere {
+        /// The device.
+        device: String,
+    },
     /// Validation was asked for.
     #[error(
         "HMM_VULKAN_VALIDATION is set, but there is no VK_LAYER_KHRONOS_validation (Debian's \
@@ -152,7 +161,7 @@ pub enum KernelError {
     /// No invocation came to its end though the engine brought page after page.
     #[error(
         "no invocation ended in {rounds} rounds, the last of which asked for {address}: one of them \
-         needs more pages at a time than the device keeps"
+         needs more pages at a time than the device keeps, or CPUs use these pages all the time"
     )]
     Thrash {
         /// What was asked for last.

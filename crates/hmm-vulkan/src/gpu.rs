@@ -8,6 +8,7 @@ use hmm_sync::{Mutex, Rank};
 
 use crate::VulkanError;
 use crate::instance::Instance;
+use crate::loaded::Objects;
 use crate::physical::{Physical, QueueChoice};
 
 /// A queue, which one thread at a time may submit to.
@@ -33,6 +34,13 @@ pub(crate) struct Gpu {
 
 impl Gpu {
     pub(crate) fn open(instance: Instance, physical: Physical) -> Result<Self, VulkanError> {
+        let before = Objects::now();
+        let opened = Self::open_loaded(instance, physical);
+        before.keep_new();
+        opened
+    }
+
+    fn open_loaded(instance: Instance, physical: Physical) -> Result<Self, VulkanError> {
         let priorities = [1.0, 1.0];
         let (compute, copies) = (physical.compute, physical.copies);
         let of_family = |family, count| {

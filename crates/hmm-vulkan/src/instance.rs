@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use ash::{Entry, vk};
 
 use crate::VulkanError;
+use crate::loaded::Objects;
 
 /// The Vulkan version that is needed: buffer device addresses and timelines are in it.
 pub(crate) const API: u32 = vk::API_VERSION_1_2;
@@ -41,6 +42,13 @@ pub(crate) struct Instance {
 
 impl Instance {
     pub(crate) fn open() -> Result<Self, VulkanError> {
+        let before = Objects::now();
+        let opened = Self::open_loaded();
+        before.keep_new();
+        opened
+    }
+
+    fn open_loaded() -> Result<Self, VulkanError> {
         // SAFETY: the loader is the system's library of that name, which may run its
         // initialisers; it stays loaded as long as the entry exists.
         let entry = unsafe { Entry::load() }.map_err(|error| VulkanError::NoLoader {

@@ -45,6 +45,7 @@ mod imports;
 mod instance;
 mod kernel;
 mod launch;
+mod loaded;
 mod log;
 mod memory;
 mod open;

@@ -158,12 +158,19 @@ fn open_on_thread(
     let config = without_choice(config);
     let mut making = Making::new(gpu, embedder);
     making.memory(&config)?;
+    if config.system_memory && !making.is_in_this_process() {
+        return Err(VulkanError::Elsewhere {
+            device: making.gpu().name().to_owned(),
+        });
+    }
     making.queues(&config)?;
     let table = making.table(&config)?;
     let parts = making.into_parts(config, table);
     let gate = Gate::new(Pool::new(config.leaves));
     let device = VulkanDevice::assemble(parts, gate, driver, embedder);
     device.exclude_new(&before, false);
+    // What stays when the device is closed was there already when the next one is opened.
+    embedder.objects_are_loaded();
     Ok(device)
 }
 
@@ -226,6 +233,14 @@ impl Making {
             self.area = Some(Area::import(gpu, area_base, config)?);
         }
         Ok(())
+    }
+
+    /// Whether the device's addresses are this process's. A driver can make calls of
+    /// another process, whose processor the device is (Mesa's Venus).
+    fn is_in_this_process(&self) -> bool {
+        let is_cpu = self.gpu().physical.description.is_cpu;
+        let area = self.area.as_ref().map(|area| &area.buffer);
+        is_cpu && area.is_some_and(|buffer| buffer.host.addr() as u64 == buffer.device)
     }
 
     fn queues(&mut self, config: &VulkanConfig<'_>) -> Result<(), VulkanError> {

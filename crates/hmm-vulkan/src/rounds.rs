@@ -68,11 +68,12 @@ impl Launch<'_> {
                 self.dispatch(chunk)?;
                 continue;
             }
+            // Before anything else: when the device is being closed all are told to stop.
+            self.go_on()?;
             if torn > 0 {
                 let invocations = unfinished;
                 return Err(KernelError::GaveUp { invocations, torn }.into());
             }
-            self.go_on()?;
             if unfinished < left {
                 (left, rounds, before) = (unfinished, 0, counters.pages_come());
             }

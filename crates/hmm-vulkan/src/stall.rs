@@ -42,6 +42,8 @@ impl Launch<'_> {
         let invocations = control.unfinished.load(Ordering::SeqCst);
         let torn = control.torn.load(Ordering::SeqCst);
         if invocations > 0 || torn > 0 {
+            // They were told to stop, if the device is being closed.
+            self.go_on()?;
             return Err(KernelError::GaveUp { invocations, torn }.into());
         }
         Ok(())

@@ -96,6 +96,15 @@ impl InPlace {
                 return None;
             }
         };
+        if !device.describe().imports_pages() {
+            eprintln!(
+                "SKIPPED {}: {} imports no memory",
+                module_path!(),
+                device.info().name
+            );
+            device.close();
+            return None;
+        }
         assert!(device.info().unwatched_memory && !device.info().system_memory);
         let engine: &'static Self = Box::leak(Box::new(Self {
             tested: Tested::new(device, variant),

@@ -33,6 +33,10 @@ impl Embedder for InEngine {
         });
     }
 
+    fn objects_are_loaded(&self) {
+        hmm_os::refresh_modules();
+    }
+
     fn include(&self, range: PageRange) {
         self.0.threads.run_on_root(move || hmm_os::include(range));
     }
