@@ -4,8 +4,8 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use hmm_hal::{DeviceError, DeviceFaultError, Mapping, Resolution};
 use hmm_types::{
-    Access, DeviceId, FrameRange, MemoryKind, PAGES_PER_BLOCK, PageCount, PageRange, StayReason,
-    USER_END, VirtAddr,
+    Access, DeviceId, FrameRange, MemoryKind, PAGE_SIZE, PAGES_PER_BLOCK, PageCount, PageRange,
+    StayReason, USER_END, VirtAddr,
 };
 
 use crate::engine::{AGAIN_LIMIT, Engine};
@@ -19,6 +19,9 @@ use crate::upload::{Fate, Target};
 /// Stretches of system memory that a device maps in place at a time; with more
 /// it starts over.
 const MAX_IN_PLACE: usize = 1 << 14;
+
+/// How many places' windows a device has room for at a time, at least.
+const PLACES: u64 = 16;
 
 /// How often room is looked for, for a page that the device cannot use in place.
 const ROOM_TRIES: u32 = 64;
@@ -184,7 +187,7 @@ impl Engine<'_> {
                     // All of it goes: more than enough.
                     page
                 } else {
-                    self.device_window(address)
+                    self.device_window(device, address)
                 };
                 let mut stayed = self.fetch_window(executor, device, window, page);
                 let in_place = self.devices.slot(device).device.info().system_memory;
@@ -261,11 +264,21 @@ impl Engine<'_> {
             .ok_or(DeviceFaultError::Unreachable { address, reason })
     }
 
-    /// The pages that a fault takes along.
-    fn device_window(&self, address: VirtAddr) -> PageRange {
-        let (from, upto) = Plan::addresses(self.device_readahead.plan_whole(address));
+    /// The pages that a fault takes along: no more than a part of the device's memory, as
+    /// kernels use several places at a time, and what comes along with one of them must not
+    /// drive away the others.
+    fn device_window(&self, device: DeviceId, address: VirtAddr) -> PageRange {
+        let frames = self.devices.slot(device).device.info().memory.get() / PAGE_SIZE;
+        let most = 1 << (frames / PLACES).max(1).ilog2();
+        let (mut from, mut upto) = self.device_readahead.plan_whole(address);
+        if upto - from > most {
+            let page = address.page_number();
+            from = from.max(page / most * most);
+            upto = from + most;
+        }
+        let (from, upto) = Plan::addresses((from, upto));
         PageRange::span(
-            from.max(VirtAddr::new(hmm_types::PAGE_SIZE)),
+            from.max(VirtAddr::new(PAGE_SIZE)),
             upto.min(VirtAddr::new(USER_END)),
         )
     }

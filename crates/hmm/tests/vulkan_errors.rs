@@ -19,6 +19,9 @@ const RUNAWAY: &[u8] = include_bytes!("kernels/runaway.spv");
 /// Follows pointers: in a ring, for ever.
 const FOREVER: &[u8] = include_bytes!("kernels/forever.spv");
 
+/// Follows pointers to their end, and adds up what it passes.
+const CHASE: &[u8] = include_bytes!("kernels/chase.spv");
+
 const LIMIT: Duration = Duration::from_millis(500);
 /// What may pass until a kernel that was told to stop has done so.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -229,6 +232,32 @@ fn a_small_device_works_by_eviction(kind: Kind) {
     assert!(hmm.statistics().evicted_pages > 0);
     drop(map);
     all_free(&hmm, &device);
+    hmm.shutdown().unwrap();
+}
+
+/// An invocation that needs a dozen pages far from each other, of 256 that there are: what
+/// comes along with one of them must not drive away the others.
+#[test]
+fn few_pages_in_many_places_are_not_too_many() {
+    const NODES: usize = 12;
+    const STEP: usize = 64 * WORDS;
+    let _dog = watchdog("few_pages_in_many_places_are_not_too_many", 60);
+    let (hmm, device) = or_skip!(opened(ByteCount::mib(1)));
+    let map = Map::new(NODES * 64 + 1);
+    for node in 0..NODES {
+        let next = match node + 1 {
+            NODES => 0,
+            next => map.word(next * STEP).expose_provenance() as u64,
+        };
+        map.set(node * STEP, next);
+        map.set(node * STEP + 1, node as u64);
+    }
+    let heads = NODES * STEP;
+    map.set(heads, map.word(0).expose_provenance() as u64);
+    let words = [heads, heads + 1].map(|word| map.word(word).addr() as u64);
+    let done = launch(device, Kind::Vulkan, CHASE, &[words[0], words[1], 1], &map);
+    done.unwrap();
+    assert_eq!(map.get(heads + 1), (0..NODES as u64).sum());
     hmm.shutdown().unwrap();
 }
 
