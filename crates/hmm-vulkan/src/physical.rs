@@ -127,10 +127,17 @@ pub fn list() -> Result<Vec<Description>, VulkanError> {
 pub(crate) fn all(instance: &Instance) -> Result<Vec<Physical>, VulkanError> {
     // SAFETY: a query on a living instance.
     let handles = unsafe { instance.raw.enumerate_physical_devices() };
-    let handles = handles.map_err(|result| VulkanError::Call {
-        call: "vkEnumeratePhysicalDevices",
-        result,
-    })?;
+    let handles = match handles {
+        Ok(handles) => handles,
+        // What the loader says where drivers are installed, and none has a device.
+        Err(vk::Result::ERROR_INITIALIZATION_FAILED) => Vec::new(),
+        Err(result) => {
+            return Err(VulkanError::Call {
+                call: "vkEnumeratePhysicalDevices",
+                result,
+            });
+        }
+    };
     let all = handles.into_iter();
     Ok(all.map(|handle| examine(instance, handle)).collect())
 }
