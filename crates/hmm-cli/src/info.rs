@@ -127,7 +127,7 @@ fn vulkan_device(device: hmm::VulkanDescription) -> Vec<Line> {
     let policy = match device.policy {
         hmm::AddressPolicy::Identity => "Identity: as they are",
         hmm::AddressPolicy::Delta => "Delta: by a constant",
-        _ => "Table: by a page table, or by a constant in memory that a launch names",
+        _ => "Table: by a page table; in memory that a launch names by a constant, or as they are",
     };
     let waits = match device.no_stall {
         None => "kernels wait for them, or begin again".to_owned(),

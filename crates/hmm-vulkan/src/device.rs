@@ -21,6 +21,7 @@ use crate::footprint::Footprint;
 use crate::gate::Gate;
 use crate::gpu::Gpu;
 use crate::kernel::{Pipeline, Variant};
+use crate::loaded;
 use crate::memory::Memory;
 use crate::physical::Description;
 use crate::queue::{CopyQueue, Fate};
@@ -55,6 +56,8 @@ pub struct VulkanDevice {
     /// The page that frame 0 is for, where there is a choice: see `allocate_for`.
     /// Changes with the allocator locked.
     window_begin: AtomicU64,
+    /// Frames have the addresses of pages, and keep them: see `identity.rs`.
+    window_is_pinned: AtomicBool,
     gate: Gate,
     servers: Servers,
     injector: Injector,
@@ -116,6 +119,7 @@ impl VulkanDevice {
             frames: Mutex::new(Rank::Device, FrameAllocator::new(frames)),
             free: AtomicU64::new(u64::from(frames)),
             window_begin: AtomicU64::new(0),
+            window_is_pinned: AtomicBool::new(false),
             parts,
             gate,
             servers: Servers::new(),
@@ -310,6 +314,14 @@ impl VulkanDevice {
             .fetch_or(taken.shares_heap, Ordering::Relaxed);
     }
 
+    /// Excludes what the C library knows of the objects that drivers have loaded.
+    pub(crate) fn exclude_loaded(&self) {
+        for heap in loaded::heaps() {
+            self.embedder.exclude(heap);
+            lock(&self.excluded).push(heap);
+        }
+    }
+
     pub(crate) fn lock_kernels(&self) -> HeapGuard<'_, Vec<(Pipeline, bool)>> {
         lock(&self.kernels)
     }
@@ -462,12 +474,30 @@ impl VulkanDevice {
 
     /// Pages of the window of memory that frames are chosen in: whole blocks, so that
     /// 64 KiB and 2 MiB lie in memory as they do in the program.
-    fn window(&self) -> u64 {
+    pub(crate) fn window(&self) -> u64 {
         u64::from(self.frames() / BLOCK_PAGES * BLOCK_PAGES)
+    }
+
+    pub(crate) const fn memory(&self) -> &Memory {
+        &self.parts.memory
+    }
+
+    pub(crate) const fn window_is_pinned(&self) -> &AtomicBool {
+        &self.window_is_pinned
+    }
+
+    /// From now on frame 0 is for the page with this number.
+    pub(crate) fn pin_window(&self, begin: u64) {
+        let _frames = self.frames.lock();
+        self.window_begin.store(begin, Ordering::Relaxed);
+        self.window_is_pinned.store(true, Ordering::SeqCst);
     }
 
     /// Lays the window around the first pages that come to an empty device.
     fn lay_window(&self, pages: PageRange) {
+        if self.window_is_pinned.load(Ordering::SeqCst) {
+            return;
+        }
         let block = u64::from(BLOCK_PAGES);
         let first = (pages.start().get() >> PAGE_SHIFT) / block * block;
         let begin = first.wrapping_sub(self.window() / 2 / block * block);

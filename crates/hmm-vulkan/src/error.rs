@@ -61,6 +61,14 @@ pub enum VulkanError {
         /// The device.
         device: String,
     },
+    /// The program cannot have memory at the device's addresses.
+    #[error("the program can have no memory at the addresses of {device}: {reason}")]
+    NoIdentity {
+        /// The device.
+        device: String,
+        /// Why not.
+        reason: String,
+    },
     /// Validation was asked for.
     #[error(
         "HMM_VULKAN_VALIDATION is set, but there is no VK_LAYER_KHRONOS_validation (Debian's \

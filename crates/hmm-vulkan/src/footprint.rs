@@ -122,6 +122,17 @@ impl Footprint {
     }
 }
 
+/// The heap that this thread allocates from, if it is none of the main one.
+pub(crate) fn heap_of_this_thread() -> Option<PageRange> {
+    let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let probe = Box::new(0u64);
+    let here = (&raw const *probe).addr() as u64;
+    let mut all = movable(&maps).into_iter();
+    let [start, end] = all.find(|[start, end]| (*start..*end).contains(&here))?;
+    let heap = start.is_multiple_of(HEAP) && is_held(&maps, end, start + HEAP);
+    heap.then(|| PageRange::new(VirtAddr::new(start), HEAP).ok())?
+}
+
 /// The private mappings in the text of /proc/PID/maps that are writable, or readable and
 /// no file's (code that a driver has made): others never migrate.
 fn movable(maps: &str) -> Vec<[u64; 2]> {

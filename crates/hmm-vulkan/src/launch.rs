@@ -31,13 +31,27 @@ pub(crate) struct Launch<'a> {
     pub(crate) device: &'static VulkanDevice,
     pub(crate) kernel: Loaded,
     /// The same for ranges whose frames are all at one distance from their pages.
-    by_distance: Option<Loaded>,
+    near: Near,
     pub(crate) groups: [u32; 3],
     pub(crate) push: &'a [u8],
     pub(crate) engine: (DeviceId, &'static dyn FaultHandler),
     pub(crate) report: LaunchReport,
     /// Room for what is read from the log.
     pub(crate) misses: hmm_mem::Vec<Miss>,
+}
+
+/// Kernels for ranges whose frames are all at one distance from their pages.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Near {
+    pub(crate) by_distance: Option<Loaded>,
+    /// The program as it was written: for frames that have the pages' addresses.
+    pub(crate) as_it_is: Option<Loaded>,
+}
+
+impl Near {
+    fn at(self, distance: u64) -> Option<Loaded> {
+        self.as_it_is.filter(|_| distance == 0).or(self.by_distance)
+    }
 }
 
 impl VulkanDevice {
@@ -61,15 +75,15 @@ impl VulkanDevice {
             std::ptr::eq(kernel.device, self),
             "the kernel was loaded on another device"
         );
-        self.launch_loaded(kernel.loaded, None, groups, push_constants, uses)
+        self.launch_loaded(kernel.loaded, Near::default(), groups, push_constants, uses)
     }
 
-    /// The same, with another kernel for ranges whose frames are all at one distance from
+    /// The same, with other kernels for ranges whose frames are all at one distance from
     /// their pages.
     pub(crate) fn launch_loaded(
         &'static self,
         kernel: Loaded,
-        by_distance: Option<Loaded>,
+        near: Near,
         groups: [u32; 3],
         push_constants: &[u8],
         uses: &[(PageRange, Access)],
@@ -85,7 +99,7 @@ impl VulkanDevice {
             let mut launch = Launch {
                 device: self,
                 kernel,
-                by_distance,
+                near,
                 groups,
                 push: &push,
                 engine,
@@ -203,7 +217,12 @@ impl Launch<'_> {
     /// dispatch's end; code that migrates under a kernel would keep that from ending.
     fn compile(&self) -> Result<(), LaunchError> {
         let device = self.device;
-        for kernel in [Some(self.kernel), self.by_distance].into_iter().flatten() {
+        let Near {
+            by_distance,
+            as_it_is,
+        } = self.near;
+        let all = [Some(self.kernel), by_distance, as_it_is];
+        for kernel in all.into_iter().flatten() {
             if device.is_first_dispatch(kernel.pipeline) {
                 let before = Footprint::now();
                 let nothing = Chunk::whole([0; 3]);
@@ -289,8 +308,9 @@ impl Launch<'_> {
         if !held {
             return Ok(false);
         }
-        let near = distance.zip(self.by_distance);
-        if let Some((distance, kernel)) = near {
+        if let Some(distance) = distance
+            && let Some(kernel) = self.near.at(distance)
+        {
             device.set_translation(Variant::Delta(distance));
             self.kernel = kernel;
             self.report.distance = Some(distance);

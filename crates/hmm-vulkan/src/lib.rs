@@ -41,6 +41,7 @@ mod footprint;
 mod gate;
 mod gpu;
 mod held;
+mod identity;
 mod imports;
 mod instance;
 mod kernel;

@@ -1,14 +1,15 @@
 //! How a device is opened.
 //!
-//! All of it happens on the driver's thread, so that what the driver allocates is in that
-//! thread's heap, and the driver's own threads have all signals blocked as that one has.
+//! What drivers load is loaded first (`loaded.rs`). All of the rest happens on the driver's
+//! thread, so that what the driver allocates is in that thread's heap, and the driver's own
+//! threads have all signals blocked as that one has.
 
 use std::mem::ManuallyDrop;
+use std::sync::{Mutex, PoisonError};
 
 use hmm_device::{Embedder, Reservation, Standalone, block_signals};
 use hmm_types::{BLOCK_SIZE, PAGE_SHIFT};
 
-use crate::VulkanError;
 use crate::area::Area;
 use crate::config::{Copies, MAX_LEAVES, MAX_LOG_ENTRIES, VulkanConfig};
 use crate::device::{Parts, VulkanDevice, without_choice};
@@ -18,12 +19,14 @@ use crate::footprint::Footprint;
 use crate::gate::Gate;
 use crate::gpu::Gpu;
 use crate::instance::Instance;
+use crate::loaded::on_loader;
 use crate::memory::Memory;
 use crate::physical::{self, ONE_QUEUE};
 use crate::pool::Pool;
 use crate::queue::CopyQueue;
 use crate::staging::Staging;
 use crate::table::Table;
+use crate::{Choice, VulkanError};
 
 const DRIVER_THREAD: &str = "hmm-vulkan";
 const COPY_THREAD: &str = "hmm-vulkan-copy";
@@ -58,6 +61,7 @@ impl VulkanDevice {
             "a fault log of {} entries; a power of two up to {MAX_LOG_ENTRIES} can be",
             config.log_entries
         );
+        rehearse(config.device)?;
         let driver: &'static Driver = hmm_mem::leaked(Driver::new());
         let body = || {
             block_signals();
@@ -146,6 +150,40 @@ impl VulkanDevice {
     }
 }
 
+/// Opens a device and gives it back, on the thread that loads what drivers load. What was
+/// opened before has been loaded.
+fn rehearse(choice: Choice<'_>) -> Result<(), VulkanError> {
+    static REHEARSED: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    let known = format!("{choice:?}");
+    let rehearsed = || REHEARSED.lock().unwrap_or_else(PoisonError::into_inner);
+    if rehearsed().contains(&known) {
+        return Ok(());
+    }
+    let name = match choice {
+        Choice::Name(name) => name.to_owned(),
+        Choice::First | Choice::Index(_) => String::new(),
+    };
+    let index = match choice {
+        Choice::Index(index) => Some(index),
+        Choice::First | Choice::Name(_) => None,
+    };
+    on_loader(move || {
+        let choice = match index {
+            Some(index) => Choice::Index(index),
+            None if name.is_empty() => Choice::First,
+            None => Choice::Name(&name),
+        };
+        let instance = Instance::open()?;
+        let physical = physical::choose(&instance, choice)?;
+        let gpu = Gpu::open(instance, physical)?;
+        // SAFETY: nobody else has seen it.
+        unsafe { gpu.destroy() };
+        Ok::<_, VulkanError>(())
+    })??;
+    rehearsed().push(known);
+    Ok(())
+}
+
 fn open_on_thread(
     config: VulkanConfig<'_>,
     driver: &'static Driver,
@@ -169,6 +207,7 @@ fn open_on_thread(
     let gate = Gate::new(Pool::new(config.leaves));
     let device = VulkanDevice::assemble(parts, gate, driver, embedder);
     device.exclude_new(&before, false);
+    device.exclude_loaded();
     // What stays when the device is closed was there already when the next one is opened.
     embedder.objects_are_loaded();
     Ok(device)

@@ -8,6 +8,7 @@ use hmm_types::{ByteCount, PAGE_SIZE};
 use crate::VulkanError;
 use crate::imports::MAX_IMPORTS;
 use crate::instance::{API, API_NAME, Instance, version_text};
+use crate::loaded::on_loader;
 
 /// Why kernels cannot wait for pages that come by the kernels' own queue.
 pub(crate) const ONE_QUEUE: &str =
@@ -119,9 +120,11 @@ impl Physical {
 /// # Errors
 /// [`VulkanError`], when there is no Vulkan at all.
 pub fn list() -> Result<Vec<Description>, VulkanError> {
-    let instance = Instance::open()?;
-    let all = all(&instance)?;
-    Ok(all.into_iter().map(|one| one.description).collect())
+    on_loader(|| {
+        let instance = Instance::open()?;
+        let all = all(&instance)?;
+        Ok(all.into_iter().map(|one| one.description).collect())
+    })?
 }
 
 pub(crate) fn all(instance: &Instance) -> Result<Vec<Physical>, VulkanError> {
@@ -203,8 +206,9 @@ fn examine(instance: &Instance, handle: vk::PhysicalDevice) -> Physical {
             memory: ByteCount::new(local_heap(&memory)),
             host_visible: local_and_visible(&memory),
             policy: AddressPolicy::Table,
-            policy_reason: "Identity and Delta need a sparse buffer that the driver lets lie where \
-                            the program's memory does, which is not built",
+            policy_reason: "the driver chooses where frames lie; the device adds a constant where \
+                            that is enough for what a launch names, and nothing in memory that \
+                            the program has mapped at the frames' own addresses",
             imports_host: extensions.iter().any(|extension| {
                 extension.extension_name_as_c_str() == Ok(ash::ext::external_memory_host::NAME)
             }),

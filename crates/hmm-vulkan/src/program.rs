@@ -14,6 +14,7 @@ use hmm_spirv::{Capability, EntryPoint, KernelInfo, Options};
 use hmm_types::{Access, PageRange};
 
 use crate::kernel::{Kernel, KernelCode, Loaded, Variant};
+use crate::launch::Near;
 use crate::stats::LaunchReport;
 use crate::{LaunchError, VulkanDevice, VulkanError};
 
@@ -227,14 +228,27 @@ impl Program {
                 .clone()
                 .map_err(|reason| LaunchError::NotMade { reason })?;
             let kernel = self.kernel(variant).map_err(not_made)?;
-            return self
-                .device
-                .launch_loaded(kernel, None, groups, push_constants, uses);
+            return self.device.launch_loaded(
+                kernel,
+                Near::default(),
+                groups,
+                push_constants,
+                uses,
+            );
         }
         let by_table = self.kernel(Variant::Table).map_err(not_made)?;
         let by_distance = self.kernel(Variant::Delta(0)).map_err(not_made)?;
+        let as_it_is = if self.device.has_identity() {
+            Some(self.kernel(Variant::Plain).map_err(not_made)?)
+        } else {
+            None
+        };
+        let near = Near {
+            by_distance: Some(by_distance),
+            as_it_is,
+        };
         self.device
-            .launch_loaded(by_table, Some(by_distance), groups, push_constants, uses)
+            .launch_loaded(by_table, near, groups, push_constants, uses)
     }
 
     /// Runs it as it was written, over pointers that are the device's own addresses
@@ -255,7 +269,7 @@ impl Program {
             .kernel(Variant::Plain)
             .map_err(|error| self.not_made(error))?;
         self.device
-            .launch_loaded(kernel, None, groups, push_constants, &[])
+            .launch_loaded(kernel, Near::default(), groups, push_constants, &[])
     }
 
     /// The kernel for a variant, which stays loaded as long as the program.

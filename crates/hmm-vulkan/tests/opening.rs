@@ -148,6 +148,29 @@ fn nothing_is_left_behind() {
     assert!(after <= before + 24, "{before} mappings, then {after}");
 }
 
+/// The objects that are loaded, by name, and where the C library has what it knows of them.
+fn link_maps() -> Vec<(String, u64)> {
+    /// What `struct link_map` of link.h begins with.
+    #[repr(C)]
+    struct LinkMap {
+        address: usize,
+        name: *const std::ffi::c_char,
+        dynamic: *const std::ffi::c_void,
+        next: *const LinkMap,
+    }
+    // SAFETY: the handle of the program itself, which is the first of the list; nothing is
+    // unloaded meanwhile.
+    let mut at: *const LinkMap = unsafe { libc::dlopen(std::ptr::null(), libc::RTLD_LAZY) }.cast();
+    let mut all = Vec::new();
+    while !at.is_null() {
+        // SAFETY: a member of that list, whose name is a text.
+        let (name, next) = unsafe { (std::ffi::CStr::from_ptr((*at).name), (*at).next) };
+        all.push((name.to_string_lossy().into_owned(), at.addr() as u64));
+        at = next;
+    }
+    all
+}
+
 /// What the device and its driver need does not migrate.
 #[test]
 fn memory_and_the_drivers_own_are_excluded() {
@@ -203,6 +226,16 @@ fn memory_and_the_drivers_own_are_excluded() {
             untouched.iter().any(|range| range.bytes().get() > 8 << 20),
             "the device's memory is not excluded before it can be used: {untouched:?}"
         );
+    }
+    // A call from one object to another one looks there, for the first time.
+    let known = link_maps().into_iter().filter(|(name, _)| {
+        let name = name.rsplit('/').next().unwrap_or_default();
+        name.starts_with("libvulkan") || name.starts_with("libVkLayer")
+    });
+    let known: Vec<_> = known.collect();
+    assert!(!known.is_empty(), "{:?}", link_maps());
+    for (name, at) in known {
+        assert!(is_excluded(at), "{name} at {at:#x} is not in {excluded:?}");
     }
     // The stack of every thread that the driver has started.
     let mut found = 0;

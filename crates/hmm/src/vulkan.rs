@@ -3,7 +3,9 @@
 use hmm_core::Destination;
 use hmm_hal::Device;
 use hmm_types::{Access, ByteCount, DeviceId, PageRange, VirtAddr};
-use hmm_vulkan::{Choice, Copies, Description, LaunchReport, Program, VulkanConfig, VulkanStats};
+use hmm_vulkan::{
+    Choice, Copies, Description, LaunchReport, Program, VulkanConfig, VulkanError, VulkanStats,
+};
 
 use crate::embed::{Faults, InEngine};
 use crate::host::Host;
@@ -176,6 +178,36 @@ impl VulkanDevice {
     #[must_use]
     pub const fn driver(&self) -> &'static hmm_vulkan::VulkanDevice {
         self.device
+    }
+
+    /// Maps memory for the program at the addresses that the device's memory has: as much as
+    /// that, in whole blocks of 2 MiB. Pointers to it are the device's, too. A launch that
+    /// names such memory alone ([`VulkanDevice::launch_with`]) runs the shader as it was
+    /// written, and says that the distance is 0.
+    ///
+    /// The mapping is the caller's: anonymous memory, which stays when the device goes. So
+    /// call this once, and early.
+    ///
+    /// ```no_run
+    /// use hmm::{ByteCount, Hmm, Used, VulkanOptions};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let hmm = Hmm::open()?;
+    /// let device = hmm.add_vulkan_device(VulkanOptions::new(ByteCount::mib(256)))?;
+    /// let memory: *mut [u8] = device.map_identical()?;
+    /// println!("{} bytes at {:?}", memory.len(), memory.cast::<u8>());
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`VulkanError::NoIdentity`]: these addresses are not free in this process. That is so
+    /// with every driver that works inside of it (lavapipe), and may be by chance.
+    pub fn map_identical(&self) -> Result<*mut [u8], VulkanError> {
+        let range = self.device.map_identical()?;
+        let start = std::ptr::with_exposed_provenance_mut(range.start().addr());
+        let len = range.pages().bytes_usize();
+        Ok(std::ptr::slice_from_raw_parts_mut(start, len))
     }
 
     /// Runs a program over a grid of workgroups, with pages coming as it meets them, and
