@@ -27,6 +27,7 @@ mod cpu;
 mod excluded;
 mod fatal;
 mod forks;
+mod heaps;
 mod map;
 mod memory_map;
 mod message;

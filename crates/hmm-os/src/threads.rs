@@ -75,6 +75,7 @@ impl EngineThreads {
     /// When the process may not have another thread, or the kernel no memory.
     pub fn start() -> io::Result<Self> {
         crate::forks::prepare_children();
+        crate::heaps::allow_more();
         // The first look at the clock finds the kernel's fast way to do that; before
         // Linux 6.4 by reading a file into memory of the process heap, which a handler
         // must not touch.

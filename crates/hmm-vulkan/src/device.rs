@@ -317,7 +317,8 @@ impl VulkanDevice {
     /// Excludes what the C library knows of the objects that drivers have loaded.
     pub(crate) fn exclude_loaded(&self) {
         for heap in loaded::heaps() {
-            self.embedder.exclude(heap);
+            // Where heaps are short the program's threads share it.
+            self.embedder.exclude_guess(heap);
             lock(&self.excluded).push(heap);
         }
     }
