@@ -220,7 +220,9 @@ fn memory_and_the_drivers_own_are_excluded() {
         let mut all = excluded.iter();
         all.any(|range| range.contains(VirtAddr::new(address)))
     };
-    if device.describe().is_cpu && device.describe().imports_host {
+    // A driver can make the calls of a CPU's driver in another process (Mesa's Venus).
+    let is_here = device.describe().is_cpu && device.describe().imports_host;
+    if is_here {
         let untouched = noting.untouched.lock().unwrap();
         assert!(
             untouched.iter().any(|range| range.bytes().get() > 8 << 20),
@@ -252,10 +254,7 @@ fn memory_and_the_drivers_own_are_excluded() {
             }
         }
     }
-    assert!(
-        !device.describe().is_cpu || found > 0,
-        "no thread of the driver was found"
-    );
+    assert!(!is_here || found > 0, "no thread of the driver was found");
     // Code that it has made: private memory that is no file's.
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     let code = maps.lines().filter_map(|line| {
@@ -269,7 +268,7 @@ fn memory_and_the_drivers_own_are_excluded() {
         assert!(is_excluded(code), "the driver's code at {code:#x}");
     }
     assert!(
-        !device.describe().is_cpu || !code.is_empty(),
+        !is_here || !code.is_empty(),
         "no code of the driver was found"
     );
     assert!(device.stats().driver_ranges > 0);
