@@ -59,6 +59,9 @@ pub struct VulkanConfig<'a> {
     pub log_entries: u32,
     /// For how long one dispatch may run, and a stalled one without asking for a page.
     pub dispatch_limit: Duration,
+    /// For how long a launch may run in all, however many pages it asks for; `None`: as
+    /// long as it does ask.
+    pub launch_limit: Option<Duration>,
     /// How often a stalled invocation looks for its page before it gives up.
     pub stall_polls: u32,
 }
@@ -78,6 +81,7 @@ impl VulkanConfig<'_> {
             leaves: 65,
             log_entries: MAX_LOG_ENTRIES,
             dispatch_limit: Duration::from_secs(10),
+            launch_limit: None,
             stall_polls: 1 << 30,
         }
     }

@@ -720,6 +720,7 @@ pub(crate) const fn without_choice(config: VulkanConfig<'_>) -> VulkanConfig<'st
         leaves: config.leaves,
         log_entries: config.log_entries,
         dispatch_limit: config.dispatch_limit,
+        launch_limit: config.launch_limit,
         stall_polls: config.stall_polls,
     }
 }

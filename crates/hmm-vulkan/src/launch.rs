@@ -36,6 +36,8 @@ pub(crate) struct Launch<'a> {
     pub(crate) push: &'a [u8],
     pub(crate) engine: (DeviceId, &'static dyn FaultHandler),
     pub(crate) report: LaunchReport,
+    /// When its kernel began to run.
+    begun: Instant,
     /// Room for what is read from the log.
     pub(crate) misses: hmm_mem::Vec<Miss>,
 }
@@ -104,6 +106,7 @@ impl VulkanDevice {
                 push: &push,
                 engine,
                 report: LaunchReport::default(),
+                begun: Instant::now(),
                 misses: hmm_mem::vec(),
             };
             launch.run(&ranges)
@@ -157,6 +160,7 @@ impl Launch<'_> {
         self.engine.1.command_begins(self.engine.0);
         device.set_translation(self.kernel.variant);
         let compiled = self.compile();
+        self.begun = Instant::now();
         let dispatches = device.counters().dispatches.get();
         let done = compiled.and_then(|()| match self.kernel.variant {
             Variant::Checked => self.checked(),
@@ -185,9 +189,13 @@ impl Launch<'_> {
         Ok(self.report)
     }
 
-    /// Whether there is any sense in going on.
+    /// Whether there is any sense in going on, and time for it.
     pub(crate) fn go_on(&self) -> Result<(), LaunchError> {
-        go_on(self.device)
+        go_on(self.device)?;
+        match self.device.config().launch_limit {
+            Some(limit) if self.begun.elapsed() > limit => Err(runaway(limit)),
+            _ => Ok(()),
+        }
     }
 
     /// A dispatch from its start to its end.
@@ -350,6 +358,12 @@ impl Tally {
         self.faults += other.faults;
         self.retries += other.retries;
     }
+}
+
+/// A kernel that has not ended in time.
+pub(crate) fn runaway(limit: Duration) -> LaunchError {
+    let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+    KernelError::Runaway { limit_ms }.into()
 }
 
 fn go_on(device: &VulkanDevice) -> Result<(), LaunchError> {

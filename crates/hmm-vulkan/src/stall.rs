@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::chunks::Chunk;
 use crate::gate::Manner;
-use crate::launch::Launch;
+use crate::launch::{Launch, runaway};
 use crate::{KernelError, LaunchError};
 
 /// How long to wait for the end at a time, when nothing was logged.
@@ -65,8 +65,7 @@ impl Launch<'_> {
                     }
                     if progress.elapsed() > limit {
                         stop();
-                        let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
-                        return Err(KernelError::Runaway { limit_ms }.into());
+                        return Err(runaway(limit));
                     }
                 }
                 Err(error) => {

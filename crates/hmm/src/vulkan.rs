@@ -67,6 +67,14 @@ impl<'a> VulkanOptions<'a> {
         self
     }
 
+    /// For how long a launch may run in all before its kernel is told to stop, however many
+    /// pages it asks for. Default: as long as it does ask, and ends invocations.
+    #[must_use]
+    pub const fn launch_limit(mut self, limit: std::time::Duration) -> Self {
+        self.0.launch_limit = Some(limit);
+        self
+    }
+
     /// Overwrite frames when they are freed, so that a use after free shows: for tests.
     #[must_use]
     pub const fn poison_freed(mut self, on: bool) -> Self {

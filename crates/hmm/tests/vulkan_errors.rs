@@ -213,6 +213,26 @@ fn a_chase_that_asks_for_pages_for_ever_ends_with_its_device() {
     hmm.shutdown().unwrap();
 }
 
+/// A kernel that waits can ask for pages for as long as it likes, but for a limit that it
+/// is given.
+#[test]
+fn a_chase_that_asks_for_pages_for_ever_ends_at_its_limit() {
+    let _dog = watchdog("a_chase_that_asks_for_pages_for_ever_ends_at_its_limit", 60);
+    let hmm = Hmm::open().expect("an engine");
+    let options = VulkanOptions::new(ByteCount::mib(1))
+        .poison_freed(true)
+        .launch_limit(8 * LIMIT);
+    let device = or_skip!(add_vulkan(&hmm, options));
+    let map = Map::new(600);
+    ring(&map);
+    let words = [map.word(0).addr() as u64, map.word(1).addr() as u64];
+    let done = launch(device, Kind::Waiting, FOREVER, &words, &map);
+    let said = format!("{done:?}");
+    assert!(said.contains("Runaway { limit_ms: 4000 }"), "{said}");
+    check_ring(&map);
+    goes_on(hmm, Kind::Waiting, device, map);
+}
+
 on_each!(a_small_device_works_by_eviction: vulkan, waiting);
 fn a_small_device_works_by_eviction(kind: Kind) {
     const PAGES: usize = 1500;
