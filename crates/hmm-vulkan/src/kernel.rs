@@ -145,6 +145,10 @@ impl VulkanDevice {
             ..*code
         };
         let made = self.driver().run(|| {
+            // It may have had its turn after the device was torn down.
+            if self.driver().is_closing() {
+                return Err(VulkanError::Lost);
+            }
             let before = Footprint::now();
             let made = self.make_pipeline(&code);
             self.exclude_new(&before, true);
