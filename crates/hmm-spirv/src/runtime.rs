@@ -66,9 +66,15 @@ struct Group {
 impl Group {
     /// Whether it is the right one, and allows an access.
     fn allows(self, code: &mut Code<'_>, kind: Kind) -> u32 {
+        #[allow(clippy::cast_possible_truncation, reason = "bit 15")]
+        const WRITABLE: u32 = table::GROUP_WRITABLE as u32;
+        // Exclusive or: bit 47 of an address that is nobody's is no right to write.
         let (mask, wanted) = match kind {
-            Kind::Read => (0x7fff, self.wanted),
-            Kind::Write => (0xffff, code.word_with(Op::BitwiseXor, self.wanted, 1 << 15)),
+            Kind::Read => (WRITABLE - 1, self.wanted),
+            Kind::Write => (
+                2 * WRITABLE - 1,
+                code.word_with(Op::BitwiseXor, self.wanted, WRITABLE),
+            ),
         };
         let tag = code.word_with(Op::BitwiseAnd, self.tag, mask);
         code.test(Op::IEqual, &[tag, wanted])
@@ -310,6 +316,7 @@ impl Runtime {
         // which is in the entry's place already, gives way to the right to read.
         let high = code.long_with(Op::ShiftRightLogical, address, 32);
         let high = code.low_word(high);
+        debug_assert_eq!(table::GROUP_READABLE, 1);
         let wanted = code.word_with(Op::BitwiseOr, high, 1);
         let tag = code.low_word(entry);
         Group { entry, tag, wanted }

@@ -39,12 +39,16 @@ impl VulkanDevice {
             return Err(refused(reason));
         }
         let range = PageRange::from_pages(VirtAddr::new(first), PageCount::new(pages));
-        map(range).map_err(|error| refused(format!("{range} cannot be mapped here: {error}")))?;
-        // A thread of the program takes no lock that faults may wait for.
-        let pinned = self
-            .driver()
-            .run(move || self.pin_window(first >> PAGE_SHIFT));
-        pinned.ok_or(VulkanError::Lost)?;
+        // A thread of the program takes no lock that faults may wait for; and where the
+        // device is closed, nothing is mapped.
+        let mapped = self.driver().run(move || {
+            map(range)?;
+            self.pin_window(first >> PAGE_SHIFT);
+            Ok::<_, std::io::Error>(())
+        });
+        mapped
+            .ok_or(VulkanError::Lost)?
+            .map_err(|error| refused(format!("{range} cannot be mapped here: {error}")))?;
         Ok(range)
     }
 

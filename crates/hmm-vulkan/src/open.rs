@@ -159,19 +159,17 @@ fn rehearse(choice: Choice<'_>) -> Result<(), VulkanError> {
     if rehearsed().contains(&known) {
         return Ok(());
     }
-    let name = match choice {
-        Choice::Name(name) => name.to_owned(),
-        Choice::First | Choice::Index(_) => String::new(),
-    };
-    let index = match choice {
-        Choice::Index(index) => Some(index),
-        Choice::First | Choice::Name(_) => None,
+    // What is handed to that thread borrows nothing.
+    let (index, name) = match choice {
+        Choice::First => (None, None),
+        Choice::Index(index) => (Some(index), None),
+        Choice::Name(name) => (None, Some(name.to_owned())),
     };
     on_loader(move || {
-        let choice = match index {
-            Some(index) => Choice::Index(index),
-            None if name.is_empty() => Choice::First,
-            None => Choice::Name(&name),
+        let choice = match (index, &name) {
+            (Some(index), _) => Choice::Index(index),
+            (None, Some(name)) => Choice::Name(name),
+            (None, None) => Choice::First,
         };
         let instance = Instance::open()?;
         let physical = physical::choose(&instance, choice)?;

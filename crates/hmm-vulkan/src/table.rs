@@ -64,6 +64,16 @@ const GROUP_BYTES: u64 = GROUP as u64 * PAGE_SIZE;
 /// Of a group's entry, where a page's has [`WRITE`].
 const GROUP_WRITE: u64 = 1 << 15;
 
+// Kernels look where the host writes.
+const _: () = {
+    use hmm_spirv::table as kernels;
+    assert!(kernels::ROOT_SIZE == ROOT_BYTES as u64 && kernels::LEAF_SIZE == LEAF_BYTES as u64);
+    assert!(kernels::GROUPS_AT == GROUPS_AT as u64 && kernels::GROUPS == GROUPS as u64);
+    assert!(kernels::WANTED == WANTED as u64 && 1 << kernels::GROUP_SHIFT == GROUP_BYTES);
+    assert!(kernels::READABLE == READ && kernels::WRITABLE == WRITE);
+    assert!(kernels::GROUP_READABLE == READ && kernels::GROUP_WRITABLE == GROUP_WRITE);
+};
+
 /// What [`Table::used`] holds while a leaf is taken back.
 const TAKEN: u32 = 1 << 31;
 
