@@ -7,8 +7,13 @@
 //! does so: when it is opened, and when a kernel is compiled (with llvmpipe, at its first
 //! dispatch).
 //!
+//! Addresses do not tell everything: what the program unmaps meanwhile, a compiler can get.
+//! So a mapping is an old one only if what may be done with it is the same as before (what
+//! a kernel needs of a compiler's work is its code and its constants, and no program writes
+//! there), and a small one only if it has not changed at all.
+//!
 //! Stacks of threads that have ended are used again by new ones, so the driver's threads
-//! are looked up as well: each one's stack pointer says where its stack is.
+//! are looked up as well: the kernel knows where each one's stack is.
 //!
 //! What other threads of the program map in that very moment is taken along, and then
 //! does not migrate either. So open devices early. Heaps (glibc's arenas) are excluded as
@@ -19,7 +24,7 @@
 //! [`Taken::shares_heap`] says so.
 
 use std::fs;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hmm_types::{PageRange, VirtAddr};
 
@@ -27,12 +32,29 @@ use hmm_types::{PageRange, VirtAddr};
 const HEAP: u64 = 64 << 20;
 /// Larger mappings that appear while a kernel runs are more likely the program's.
 const LATE_MAX: u64 = 16 << 20;
+/// What is smaller is as soon unmapped and mapped again as it has grown.
+const SMALL: u64 = 64 << 10;
 
 /// Memory that may migrate, as of some moment.
 #[derive(Debug)]
 pub(crate) struct Footprint {
-    movable: Vec<[u64; 2]>,
+    movable: Vec<Mapping>,
     threads: Vec<u32>,
+}
+
+/// A mapping that may migrate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Mapping {
+    start: u64,
+    end: u64,
+    /// As in /proc/PID/maps.
+    access: [u8; 4],
+}
+
+impl Mapping {
+    fn contains(&self, address: u64) -> bool {
+        (self.start..self.end).contains(&address)
+    }
 }
 
 /// What has appeared since then.
@@ -62,15 +84,12 @@ impl Footprint {
         let new = threads();
         let new = new.iter().filter(|thread| !self.threads.contains(thread));
         let movable = movable(&maps);
-        for stack in new.filter_map(|&thread| stack_pointer(thread)) {
+        for stack in new.filter_map(|&thread| stack_of(thread)) {
             let known = taken.ranges.iter();
             let mut known = known.filter(|range| range.contains(VirtAddr::new(stack)));
-            let mapping = movable
-                .iter()
-                .find(|[start, end]| (*start..*end).contains(&stack));
-            if let (None, Some(&[start, end])) = (known.next(), mapping) {
-                let start = VirtAddr::new(start);
-                let range = PageRange::new(start, end - start.get());
+            let mapping = movable.iter().find(|mapping| mapping.contains(stack));
+            if let (None, Some(&Mapping { start, end, .. })) = (known.next(), mapping) {
+                let range = PageRange::new(VirtAddr::new(start), end - start);
                 taken.ranges.extend(range.ok());
             }
         }
@@ -81,17 +100,18 @@ impl Footprint {
         let after = movable(maps);
         let mut found: Vec<[u64; 2]> = Vec::new();
         let mut shares_heap = true;
-        for &[start, end] in &after {
+        for mapping in &after {
+            let &Mapping { start, end, .. } = mapping;
             // A heap of its own begins at a multiple of its size, and holds all of that.
             let heap = start.is_multiple_of(HEAP) && is_held(maps, end, start + HEAP);
-            if (start..end).contains(&heap_of_thread) {
+            if mapping.contains(heap_of_thread) {
                 shares_heap = !heap;
                 if heap {
                     found.push([start, start + HEAP]);
                     continue;
                 }
             }
-            for new in minus([start, end], &self.movable) {
+            for new in self.new_of(mapping) {
                 if heap && end - start <= HEAP {
                     // Of one that was there before only the program knows the rest.
                     if new[0] == start {
@@ -120,6 +140,17 @@ impl Footprint {
             shares_heap,
         }
     }
+
+    /// The parts of a mapping that are new.
+    fn new_of(&self, mapping: &Mapping) -> Vec<[u64; 2]> {
+        let whole = [mapping.start, mapping.end];
+        if mapping.end - mapping.start <= SMALL && !self.movable.contains(mapping) {
+            return vec![whole];
+        }
+        let alike = self.movable.iter();
+        let alike = alike.filter(|known| known.access == mapping.access);
+        minus(whole, alike.map(|known| [known.start, known.end]))
+    }
 }
 
 /// The heap that this thread allocates from, if it is none of the main one.
@@ -128,24 +159,24 @@ pub(crate) fn heap_of_this_thread() -> Option<PageRange> {
     let probe = Box::new(0u64);
     let here = (&raw const *probe).addr() as u64;
     let mut all = movable(&maps).into_iter();
-    let [start, end] = all.find(|[start, end]| (*start..*end).contains(&here))?;
+    let Mapping { start, end, .. } = all.find(|mapping| mapping.contains(here))?;
     let heap = start.is_multiple_of(HEAP) && is_held(&maps, end, start + HEAP);
     heap.then(|| PageRange::new(VirtAddr::new(start), HEAP).ok())?
 }
 
 /// The private mappings in the text of /proc/PID/maps that are writable, or readable and
 /// no file's (code that a driver has made): others never migrate.
-fn movable(maps: &str) -> Vec<[u64; 2]> {
+fn movable(maps: &str) -> Vec<Mapping> {
     let parse = |line: &str| {
         let mut words = line.split_ascii_whitespace();
         let (start, end) = words.next()?.split_once('-')?;
-        let access = words.next()?.as_bytes();
+        let access: [u8; 4] = words.next()?.as_bytes().try_into().ok()?;
         let of_a_file = words.nth(2)? != "0";
         let address = |hex| u64::from_str_radix(hex, 16).ok();
-        let (readable, writable) = (access.first() == Some(&b'r'), access.get(1) == Some(&b'w'));
-        let private = access.get(3) == Some(&b'p');
-        let movable = private && (writable || (readable && !of_a_file));
-        movable.then_some([address(start)?, address(end)?])
+        let [read, write, _, private] = access;
+        let movable = private == b'p' && (write == b'w' || (read == b'r' && !of_a_file));
+        let (start, end) = (address(start)?, address(end)?);
+        movable.then_some(Mapping { start, end, access })
     };
     maps.lines().filter_map(parse).collect()
 }
@@ -174,27 +205,53 @@ fn threads() -> Vec<u32> {
         .collect()
 }
 
-/// Where a thread's stack pointer is, as soon as it waits for something. `None` when it
-/// has ended, or does not come to wait.
-fn stack_pointer(thread: u32) -> Option<u64> {
-    const LOOKS: u32 = 100;
-    for _ in 0..LOOKS {
-        // NUMBER ARGUMENTS... STACK-POINTER INSTRUCTION-POINTER, or `running`.
+/// An address in a thread's stack. `None` when it has ended, or its stack is not known in
+/// the time that there is.
+fn stack_of(thread: u32) -> Option<u64> {
+    // It may not have begun to run: on a busy machine that takes a while.
+    const LIMIT: Duration = Duration::from_secs(2);
+    let begun = Instant::now();
+    loop {
         let call = fs::read_to_string(format!("/proc/self/task/{thread}/syscall")).ok()?;
-        let mut words = call.split_ascii_whitespace().rev();
-        if let (Some(_), Some(stack)) = (words.next(), words.next()) {
-            return u64::from_str_radix(stack.trim_start_matches("0x"), 16).ok();
+        if let Some(address) = thread_descriptor(thread).or_else(|| stack_pointer(&call)) {
+            return Some(address);
+        }
+        if begun.elapsed() > LIMIT {
+            return None;
         }
         std::thread::sleep(Duration::from_millis(1));
     }
-    None
+}
+
+/// Where the C library keeps what it knows of a thread, which it does at the end of the
+/// thread's stack. `None` before the thread has said it to the kernel.
+fn thread_descriptor(thread: u32) -> Option<u64> {
+    let (mut list, mut len) = (0u64, 0usize);
+    let thread = i32::try_from(thread).ok()?;
+    // SAFETY: the kernel writes one address and one length.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_get_robust_list,
+            thread,
+            &raw mut list,
+            &raw mut len,
+        )
+    };
+    (done == 0 && list != 0).then_some(list)
+}
+
+/// The stack pointer of a thread that waits for something, from its /proc/PID/syscall:
+/// `NUMBER ARGUMENTS... STACK-POINTER INSTRUCTION-POINTER`, or `running`.
+fn stack_pointer(call: &str) -> Option<u64> {
+    let stack = call.split_ascii_whitespace().rev().nth(1)?;
+    u64::from_str_radix(stack.trim_start_matches("0x"), 16).ok()
 }
 
 /// The parts of a range that lie in none of `others`, which are in order.
-fn minus(range: [u64; 2], others: &[[u64; 2]]) -> Vec<[u64; 2]> {
+fn minus(range: [u64; 2], others: impl Iterator<Item = [u64; 2]>) -> Vec<[u64; 2]> {
     let mut parts = Vec::new();
     let [mut start, end] = range;
-    for &[from, to] in others {
+    for [from, to] in others {
         if to <= start || from >= end {
             continue;
         }
@@ -219,28 +276,49 @@ mod tests {
 
     #[test]
     fn what_is_new_is_found() {
-        let before = "1000-3000 r-xp 0 8:1 7 /lib/x\n5000-8000 rw-p 0 0:0 0\n";
-        let after = "1000-3000 r-xp 0 8:1 7 /lib/x\n4000-9000 rw-p 0 0:0 0\n\
-                     a000-b000 r-xp 0 0:0 0\nb000-c000 r-xp 0 8:1 8 /lib/y\nc000-d000 rw-p 0 0:0 0 [stack]\n\
+        let before = "1000-3000 r-xp 0 8:1 7 /lib/x\n50000-80000 rw-p 0 0:0 0\n";
+        let after = "1000-3000 r-xp 0 8:1 7 /lib/x\n40000-90000 rw-p 0 0:0 0\n\
+                     a0000-b0000 r-xp 0 0:0 0\nb0000-c0000 r-xp 0 8:1 8 /lib/y\nc0000-d0000 rw-p 0 0:0 0 [stack]\n\
                      40000000-42000000 rw-p 0 0:0 0\n42000000-44000000 ---p 0 0:0 0\n\
                      48000000-48001000 rw-p 0 0:0 0\n";
         let footprint = Footprint {
             movable: movable(before),
             threads: Vec::new(),
         };
-        let taken = footprint.compare(after, 0x5100, false);
+        let taken = footprint.compare(after, 0x5_0100, false);
         assert!(taken.shares_heap);
         let small = [
-            range(0x4000, 0x5000),
-            range(0x8000, 0x9000),
-            range(0xa000, 0xb000),
-            range(0xc000, 0xd000),
+            range(0x4_0000, 0x5_0000),
+            range(0x8_0000, 0x9_0000),
+            range(0xa_0000, 0xb_0000),
+            range(0xc_0000, 0xd_0000),
         ];
         assert_eq!(taken.ranges[..4], small);
         // A heap counts as a whole, what of it is not yet in use too.
         assert_eq!(taken.ranges[4], range(0x4000_0000, 0x4400_0000));
         // What lies like one and is none is not followed by more of it.
         assert_eq!(taken.ranges[5..], [range(0x4800_0000, 0x4800_1000)]);
+    }
+
+    #[test]
+    fn what_took_the_place_of_something_else_is_new() {
+        let before = "1000-3000 rw-p 0 0:0 0\n4000-6000 rw-p 0 0:0 0\n7000-8000 r--p 0 0:0 0\n\
+                      100000-200000 rw-p 0 0:0 0\n";
+        // Constants where a thread had its signal stack, something that has moved, and
+        // what has not.
+        let after = "2000-4000 r--p 0 0:0 0\n5000-6000 rw-p 0 0:0 0\n7000-8000 r--p 0 0:0 0\n\
+                     100000-180000 rw-p 0 0:0 0\n180000-184000 r-xp 0 0:0 0\n184000-240000 rw-p 0 0:0 0\n";
+        let footprint = Footprint {
+            movable: movable(before),
+            threads: Vec::new(),
+        };
+        let expected = [
+            range(0x2000, 0x4000),
+            range(0x5000, 0x6000),
+            range(0x18_0000, 0x18_4000),
+            range(0x20_0000, 0x24_0000),
+        ];
+        assert_eq!(footprint.compare(after, 0, true).ranges, expected);
     }
 
     #[test]
@@ -277,20 +355,32 @@ mod tests {
 
     #[test]
     fn a_new_threads_stack_is_found_wherever_it_is() {
-        // A stack that has been used before, and is no new mapping.
-        std::thread::spawn(|| ()).join().unwrap();
-        let before = Footprint::now();
-        let (sender, receiver) = std::sync::mpsc::channel();
-        let (end, ends) = std::sync::mpsc::channel::<()>();
-        let thread = std::thread::spawn(move || {
-            let local = 0u8;
-            sender.send((&raw const local).addr() as u64).unwrap();
-            let _ = ends.recv();
-        });
-        let stack = VirtAddr::new(receiver.recv().unwrap());
-        let taken = before.taken(false);
-        drop(end);
-        thread.join().unwrap();
-        assert!(taken.ranges.iter().any(|range| range.contains(stack)));
+        use std::sync::atomic::{AtomicBool, Ordering};
+
+        for busy in [false, true] {
+            // A stack that has been used before, and is no new mapping.
+            std::thread::spawn(|| ()).join().unwrap();
+            let before = Footprint::now();
+            let (sender, receiver) = std::sync::mpsc::channel();
+            let (end, ends) = std::sync::mpsc::channel::<()>();
+            let works = AtomicBool::new(busy);
+            let taken = std::thread::scope(|scope| {
+                let works = &works;
+                scope.spawn(move || {
+                    let local = 0u8;
+                    sender.send((&raw const local).addr() as u64).unwrap();
+                    while works.load(Ordering::Relaxed) {
+                        std::hint::spin_loop();
+                    }
+                    let _ = ends.recv();
+                });
+                let stack = VirtAddr::new(receiver.recv().unwrap());
+                let taken = before.taken(false);
+                works.store(false, Ordering::Relaxed);
+                drop(end);
+                taken.ranges.iter().any(|range| range.contains(stack))
+            });
+            assert!(taken, "busy: {busy}");
+        }
     }
 }
