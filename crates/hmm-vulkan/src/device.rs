@@ -305,10 +305,16 @@ impl VulkanDevice {
         let taken = before.taken(late);
         let mut known = lock(&self.excluded);
         for range in taken.ranges {
-            if !known.iter().any(|known| known.encloses(range)) {
-                self.embedder.exclude_guess(range);
-                known.push(range);
-            }
+            // Known ones too: what the driver had given back the program may have claimed.
+            self.embedder.exclude_guess(range);
+            known.retain(|&old| {
+                let is_said_again = range.encloses(old);
+                if is_said_again {
+                    self.embedder.include(old);
+                }
+                !is_said_again
+            });
+            known.push(range);
         }
         self.shares_heap
             .fetch_or(taken.shares_heap, Ordering::Relaxed);

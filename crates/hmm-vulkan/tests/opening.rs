@@ -4,8 +4,9 @@
 mod common;
 
 use std::process::Command;
+use std::sync::Mutex;
 
-use common::{Tested, assert_silent};
+use common::{Tested, arguments, assert_silent, groups, load};
 use hmm_conformance::{Engine, Operation, Subject};
 use hmm_device::{Embedder, Join, Standalone};
 use hmm_hal::Device;
@@ -171,36 +172,108 @@ fn link_maps() -> Vec<(String, u64)> {
     all
 }
 
+/// An embedder that notes what is excluded.
+#[derive(Default, Debug)]
+struct Noting {
+    excluded: Mutex<Vec<PageRange>>,
+    untouched: Mutex<Vec<PageRange>>,
+    /// Was excluded, and is not any more.
+    claimed: Mutex<Vec<PageRange>>,
+}
+
+impl Noting {
+    fn is_excluded(&self, address: u64) -> bool {
+        let excluded = self.excluded.lock().unwrap();
+        let mut all = excluded.iter();
+        all.any(|range| range.contains(VirtAddr::new(address)))
+    }
+
+    /// As if these addresses were the program's now.
+    fn claim(&self, addresses: &[u64]) {
+        let mut excluded = self.excluded.lock().unwrap();
+        let is_claimed = |range: &PageRange| {
+            let mut all = addresses.iter();
+            all.any(|&address| range.contains(VirtAddr::new(address)))
+        };
+        let (claimed, left) = excluded.drain(..).partition(is_claimed);
+        *excluded = left;
+        self.claimed.lock().unwrap().extend::<Vec<_>>(claimed);
+    }
+}
+
+impl Embedder for Noting {
+    fn exclude(&self, range: PageRange) {
+        if access_of(range.start()).is_some_and(|access| access.starts_with("---")) {
+            self.untouched.lock().unwrap().push(range);
+        }
+        self.excluded.lock().unwrap().push(range);
+    }
+
+    fn include(&self, range: PageRange) {
+        for list in [&self.claimed, &self.excluded] {
+            let mut list = list.lock().unwrap();
+            if let Some(index) = list.iter().position(|&known| known == range) {
+                list.swap_remove(index);
+                return;
+            }
+        }
+        panic!("{range:?} was not excluded before");
+    }
+
+    fn spawn(
+        &self,
+        name: String,
+        body: Box<dyn FnOnce() + Send>,
+    ) -> std::io::Result<Box<dyn Join>> {
+        Standalone.spawn(name, body)
+    }
+}
+
+/// Where code is that a driver has made: private memory that is no file's.
+fn made_code() -> Vec<u64> {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let code = maps.lines().filter_map(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let made = words[1] == "r-xp" && words[4] == "0" && words.len() == 5;
+        let (start, _) = words[0].split_once('-')?;
+        made.then(|| u64::from_str_radix(start, 16).unwrap())
+    });
+    code.collect()
+}
+
+/// What a driver gives back the program can get, and a kernel be given a pointer to it. When
+/// the driver has it again it is the driver's.
+#[test]
+fn what_a_driver_gets_again_is_excluded_again() {
+    let noting: &'static Noting = Box::leak(Box::default());
+    device!(config(8)).close();
+    let device = VulkanDevice::open_with(config(8), noting).unwrap();
+    let tested = Tested::new(device, Variant::Checked);
+    let engine = Engine::new(tested, 4);
+    let push = arguments([0, 0, engine.address(0).get(), 0, 0]);
+    let (mut earlier, mut again) = (Vec::new(), 0);
+    for _ in 0..20 {
+        let before = made_code();
+        let kernel = load(device, Variant::Checked);
+        device.launch(&kernel, groups(1), &push, &[]).unwrap();
+        let code = made_code();
+        let code: Vec<u64> = code.into_iter().filter(|at| !before.contains(at)).collect();
+        for &code in &code {
+            assert!(noting.is_excluded(code), "{code:#x}, {again} times before");
+            again += usize::from(earlier.contains(&code));
+        }
+        drop(kernel);
+        noting.claim(&code);
+        earlier.extend(code);
+    }
+    println!("a place of code was used again {again} times");
+    assert!(again > 0 || !device.describe().is_cpu || !device.describe().imports_host);
+    tested.close();
+}
+
 /// What the device and its driver need does not migrate.
 #[test]
 fn memory_and_the_drivers_own_are_excluded() {
-    #[derive(Default, Debug)]
-    struct Noting {
-        excluded: std::sync::Mutex<Vec<PageRange>>,
-        untouched: std::sync::Mutex<Vec<PageRange>>,
-    }
-    impl Embedder for Noting {
-        fn exclude(&self, range: PageRange) {
-            if access_of(range.start()).is_some_and(|access| access.starts_with("---")) {
-                self.untouched.lock().unwrap().push(range);
-            }
-            self.excluded.lock().unwrap().push(range);
-        }
-
-        fn include(&self, range: PageRange) {
-            let mut excluded = self.excluded.lock().unwrap();
-            let index = excluded.iter().position(|&known| known == range);
-            excluded.swap_remove(index.expect("excluded before"));
-        }
-
-        fn spawn(
-            &self,
-            name: String,
-            body: Box<dyn FnOnce() + Send>,
-        ) -> std::io::Result<Box<dyn Join>> {
-            Standalone.spawn(name, body)
-        }
-    }
     let noting: &'static Noting = Box::leak(Box::default());
     // Is there one at all? Its threads' stacks are used again by those of the next.
     device!(config(8)).close();
@@ -215,11 +288,7 @@ fn memory_and_the_drivers_own_are_excluded() {
             first: 0,
         })
         .unwrap();
-    let excluded = noting.excluded.lock().unwrap().clone();
-    let is_excluded = |address: u64| {
-        let mut all = excluded.iter();
-        all.any(|range| range.contains(VirtAddr::new(address)))
-    };
+    let is_excluded = |address| noting.is_excluded(address);
     // A driver can make the calls of a CPU's driver in another process (Mesa's Venus).
     let is_here = device.describe().is_cpu && device.describe().imports_host;
     if is_here {
@@ -237,7 +306,7 @@ fn memory_and_the_drivers_own_are_excluded() {
     let known: Vec<_> = known.collect();
     assert!(!known.is_empty(), "{:?}", link_maps());
     for (name, at) in known {
-        assert!(is_excluded(at), "{name} at {at:#x} is not in {excluded:?}");
+        assert!(is_excluded(at), "{name} at {at:#x} is not in {noting:?}");
     }
     // The stack of every thread that the driver has started.
     let mut found = 0;
@@ -255,15 +324,7 @@ fn memory_and_the_drivers_own_are_excluded() {
         }
     }
     assert!(!is_here || found > 0, "no thread of the driver was found");
-    // Code that it has made: private memory that is no file's.
-    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-    let code = maps.lines().filter_map(|line| {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        let made = words[1] == "r-xp" && words[4] == "0" && words.len() == 5;
-        let (start, _) = words[0].split_once('-')?;
-        made.then(|| u64::from_str_radix(start, 16).unwrap())
-    });
-    let code: Vec<u64> = code.collect();
+    let code = made_code();
     for &code in &code {
         assert!(is_excluded(code), "the driver's code at {code:#x}");
     }

@@ -25,11 +25,20 @@ impl Embedder for InEngine {
 
     /// On a thread of the device.
     fn exclude_guess(&self, range: PageRange) {
+        /// Each waits for the end of a transition, 500 us at most.
+        const TRIES: u32 = 200;
         hmm_os::exclude_guess(range);
         // What a driver maps while it works can have left already, as the neighbour of
-        // something. Where it cannot be let go it comes when it is touched.
+        // something, or be leaving now. Where it cannot be let go it comes when it is
+        // touched.
         let _ = Faults(self.0).with_executor(range.start(), |engine, executor| {
-            Ok(engine.unwatch_excluded(executor, range))
+            for _ in 0..TRIES {
+                if engine.unwatch_excluded(executor, range) {
+                    break;
+                }
+                engine.wait_for_transition();
+            }
+            Ok(())
         });
     }
 
