@@ -22,7 +22,8 @@ struct Lists {
 /// What is left of a range that is a driver's, by all that is known.
 #[derive(Clone, Copy)]
 struct Guess {
-    left: PageRange,
+    /// None: all of it was claimed.
+    left: Option<PageRange>,
     whole: PageRange,
     number: u64,
 }
@@ -76,7 +77,7 @@ pub fn exclude_guess(range: PageRange) {
     lists.guessed += 1;
     let number = lists.guessed;
     lists.guesses.push(Guess {
-        left: range,
+        left: Some(range),
         whole: range,
         number,
     });
@@ -86,25 +87,34 @@ pub fn exclude_guess(range: PageRange) {
 /// own it.
 pub fn claim(range: PageRange) {
     let mut lists = lists();
-    if !lists.guesses.iter().any(|guess| guess.left.overlaps(range)) {
+    let mut left = lists.guesses.iter().filter_map(|guess| guess.left);
+    if !left.any(|left| left.overlaps(range)) {
         return;
     }
     let guesses = std::mem::replace(&mut lists.guesses, hmm_mem::vec());
     for guess in guesses.iter() {
-        let (start, end) = (guess.left.start(), guess.left.end());
-        let before = (start, end.min(range.start()));
-        let behind = (start.max(range.end()), end);
-        for (start, end) in [before, behind] {
-            if start < end {
-                let left = PageRange::span(start, end);
-                lists.guesses.push(Guess { left, ..*guess });
-            }
+        let mut push = |left| lists.guesses.push(Guess { left, ..*guess });
+        let Some(left) = guess.left.filter(|left| left.overlaps(range)) else {
+            push(guess.left);
+            continue;
+        };
+        let before = (left.start(), range.start());
+        let behind = (range.end(), left.end());
+        let parts =
+            [before, behind].map(|(start, end)| (start < end).then(|| PageRange::span(start, end)));
+        match parts {
+            // It is still to be taken back, and not another one of the same range.
+            [None, None] => push(None),
+            parts => parts
+                .into_iter()
+                .flatten()
+                .for_each(|part| push(Some(part))),
         }
     }
 }
 
-/// The opposite of [`exclude`] and [`exclude_guess`], with the very same range; ignores
-/// one that is not excluded.
+/// The opposite of [`exclude`] and [`exclude_guess`], with the very same range, the older
+/// one of two; ignores one that is not excluded.
 pub fn include(range: PageRange) {
     let mut lists = lists();
     if let Some(index) = lists.ranges.iter().position(|&known| known == range) {
@@ -159,7 +169,7 @@ pub(crate) fn first_part(range: PageRange) -> (PageRange, bool) {
     let lists = lists();
     let arena = hmm_mem::arena_range();
     first_part_in(range, || {
-        let guesses = lists.guesses.iter().map(|guess| &guess.left);
+        let guesses = lists.guesses.iter().filter_map(|guess| guess.left.as_ref());
         let lists = lists.ranges.iter().chain(lists.modules.iter());
         lists.chain(guesses).chain(arena.iter()).copied()
     })
@@ -256,6 +266,22 @@ mod tests {
         assert_eq!(first_part(page(0, 12)), (page(0, 12), false));
         include(page(20, 1));
         assert!(!first_part(page(20, 1)).1);
+    }
+
+    #[test]
+    fn what_is_guessed_again_outlives_the_first_guess() {
+        let start = VirtAddr::new(0x300_0000);
+        let all = PageRange::from_pages(start, PageCount::new(4));
+        for claimed in [all, PageRange::from_pages(start, PageCount::new(1))] {
+            exclude_guess(all);
+            claim(claimed);
+            assert!(!first_part(all).1);
+            exclude_guess(all);
+            include(all);
+            assert_eq!(first_part(all), (all, true));
+            include(all);
+            assert_eq!(first_part(all), (all, false));
+        }
     }
 
     #[test]
