@@ -3,7 +3,10 @@
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use hmm::{ByteCount, Hmm, Machine, SoftwareOptions};
+use hmm::{
+    AddressPolicy, ByteCount, Hmm, Machine, SoftwareOptions, VulkanChoice, VulkanError,
+    VulkanOptions,
+};
 use serde::Serialize;
 
 use crate::args::InfoOptions;
@@ -88,15 +91,20 @@ fn gather() -> Information {
             remedy: finding.remedy,
         })
         .collect();
-    let (devices, engine, opens) = match try_engine() {
-        Ok((devices, engine)) => (devices, engine, true),
+    // What it says of itself is what it does.
+    let opened = Hmm::open();
+    let (mut devices, engine, opens) = match &opened {
+        Ok(hmm) => (vec![software_device(hmm)], abilities(hmm), true),
         Err(error) => {
             let remedy = "see what is missing above; nothing works without it";
             let line = Line::bad("engine", format!("does not open: {error}"), remedy);
             (Vec::new(), vec![line], false)
         }
     };
-    let devices: Vec<Line> = devices.into_iter().chain(vulkan_devices()).collect();
+    devices.extend(vulkan_devices(opened.as_ref().ok()));
+    if let Ok(Err(error)) = opened.map(Hmm::shutdown) {
+        eprintln!("hmm: {error}");
+    }
     let mut all = findings.iter().chain(&devices).chain(&engine);
     let complete = all.all(|line| line.ok);
     Information {
@@ -109,26 +117,23 @@ fn gather() -> Information {
 }
 
 /// The Vulkan devices, usable or not. That there is none is nothing to repair.
-fn vulkan_devices() -> Vec<Line> {
+fn vulkan_devices(hmm: Option<&Hmm>) -> Vec<Line> {
     let all = match hmm::list_vulkan() {
         Ok(all) if !all.is_empty() => all,
         Ok(_) => return vec![Line::good("Vulkan device", "none")],
         Err(why) => return vec![Line::good("Vulkan device", format!("none: {why}"))],
     };
-    all.into_iter().flat_map(vulkan_device).collect()
+    let all = all.into_iter().enumerate();
+    all.flat_map(|(index, device)| vulkan_device(hmm, index, device))
+        .collect()
 }
 
-fn vulkan_device(device: hmm::VulkanDescription) -> Vec<Line> {
+fn vulkan_device(hmm: Option<&Hmm>, index: usize, device: hmm::VulkanDescription) -> Vec<Line> {
     let what = format!("Vulkan device {}", device.name);
     if let Some(problem) = device.problem {
         let remedy = format!("{problem}; another driver may have it");
         return vec![Line::bad(&what, device.driver, remedy)];
     }
-    let policy = match device.policy {
-        hmm::AddressPolicy::Identity => "Identity: as they are",
-        hmm::AddressPolicy::Delta => "Delta: by a constant",
-        _ => "Table: by a page table; in memory that a launch names by a constant, or as they are",
-    };
     let waits = match device.no_stall {
         None => "kernels wait for them, or begin again".to_owned(),
         Some(why) => format!("kernels begin again; they cannot wait ({why})"),
@@ -147,19 +152,52 @@ fn vulkan_device(device: hmm::VulkanDescription) -> Vec<Line> {
         "no: it does not import any (VK_EXT_external_memory_host)".to_owned()
     };
     let (driver, api, memory) = (device.driver, device.api, device.memory);
-    vec![
-        Line::good(&what, format!("{driver}, Vulkan {api}, {memory}")),
-        Line::good("  its pointers", policy),
+    let mut lines = vec![Line::good(
+        &what,
+        format!("{driver}, Vulkan {api}, {memory}"),
+    )];
+    if let Some(hmm) = hmm {
+        lines.extend(pointers(hmm, index));
+    }
+    lines.extend([
         Line::good("  pages that are missing", waits),
         Line::good("  memory used in place", in_place),
+    ]);
+    lines
+}
+
+/// How pointers become a Vulkan device's: asked of the device itself, opened with little
+/// memory.
+fn pointers(hmm: &Hmm, index: usize) -> Vec<Line> {
+    let options = VulkanOptions::new(ByteCount::mib(8)).device(VulkanChoice::Index(index));
+    let device = match hmm.add_vulkan_device(options) {
+        Ok(device) => device,
+        Err(error) => {
+            let remedy = "another driver, or an update of this one, may work";
+            return vec![Line::bad("  opens", format!("no: {error}"), remedy)];
+        }
+    };
+    let policy = match device.policy() {
+        AddressPolicy::Table => "Table",
+        _ => "Table; where a launch names its memory also Delta (a constant)",
+    };
+    let identity = match device.offers_identity() {
+        Ok(()) => "can be: Identity there (map_identical)".to_owned(),
+        Err(VulkanError::NoIdentity { reason, .. }) => format!("no: {reason}"),
+        Err(error) => format!("no: {error}"),
+    };
+    if let Err(error) = device.remove() {
+        eprintln!("hmm: {error}");
+    }
+    vec![
+        Line::good("  its pointers", policy),
+        Line::good("  memory at its own addresses", identity),
     ]
 }
 
-/// Opens an engine with a device: what it says of itself is what it does.
-fn try_engine() -> Result<(Vec<Line>, Vec<Line>), hmm::Error> {
-    let hmm = Hmm::open()?;
+fn software_device(hmm: &Hmm) -> Line {
     let options = SoftwareOptions::new(ByteCount::mib(1));
-    let device = match hmm.add_software_device(options) {
+    match hmm.add_software_device(options) {
         Ok(_) => Line::good(
             "software device",
             "always there; 4 KiB to 2 TiB, 1 to 64 workers",
@@ -169,8 +207,12 @@ fn try_engine() -> Result<(Vec<Line>, Vec<Line>), hmm::Error> {
             "cannot be made",
             format!("{error}; free memory, or see `ulimit -v`"),
         ),
-    };
-    let engine = vec![
+    }
+}
+
+/// What the engine can do here.
+fn abilities(hmm: &Hmm) -> Vec<Line> {
+    vec![
         Line::either(
             "pages leave and come home by",
             hmm.moves_pages(),
@@ -186,11 +228,7 @@ fn try_engine() -> Result<(Vec<Line>, Vec<Line>), hmm::Error> {
             ],
             "run as root, `chmod 666 /dev/userfaultfd`, or `sysctl vm.unprivileged_userfaultfd=1`",
         ),
-    ];
-    if let Err(error) = hmm.shutdown() {
-        eprintln!("hmm: {error}");
-    }
-    Ok((vec![device], engine))
+    ]
 }
 
 fn print(information: &Information, out: &mut impl Write) -> io::Result<()> {

@@ -14,18 +14,6 @@ use crate::loaded::on_loader;
 pub(crate) const ONE_QUEUE: &str =
     "it has one queue: a page's copy would wait for the kernel that waits for it";
 
-/// How a pointer of the program becomes one of the device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum AddressPolicy {
-    /// It is one.
-    Identity,
-    /// A constant is added to it.
-    Delta,
-    /// A page table is walked in the kernel.
-    Table,
-}
-
 /// Which device to open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Choice<'a> {
@@ -63,10 +51,6 @@ pub struct Description {
     pub memory: ByteCount,
     /// Whether the CPU can use that memory in place.
     pub host_visible: bool,
-    /// How pointers are translated.
-    pub policy: AddressPolicy,
-    /// Why in that way.
-    pub policy_reason: &'static str,
     /// Whether it can use memory of the process (`VK_EXT_external_memory_host`).
     pub imports_host: bool,
     /// What the address and the size of such memory must be a multiple of.
@@ -205,10 +189,6 @@ fn examine(instance: &Instance, handle: vk::PhysicalDevice) -> Physical {
             is_cpu,
             memory: ByteCount::new(local_heap(&memory)),
             host_visible: local_and_visible(&memory),
-            policy: AddressPolicy::Table,
-            policy_reason: "the driver chooses where frames lie; the device adds a constant where \
-                            that is enough for what a launch names, and nothing in memory that \
-                            the program has mapped at the frames' own addresses",
             imports_host: extensions.iter().any(|extension| {
                 extension.extension_name_as_c_str() == Ok(ash::ext::external_memory_host::NAME)
             }),

@@ -4,7 +4,8 @@ use hmm_core::Destination;
 use hmm_hal::Device;
 use hmm_types::{Access, ByteCount, DeviceId, PageRange, VirtAddr};
 use hmm_vulkan::{
-    Choice, Copies, Description, LaunchReport, Program, VulkanConfig, VulkanError, VulkanStats,
+    AddressPolicy, Choice, Copies, Description, LaunchReport, Program, VulkanConfig, VulkanError,
+    VulkanStats,
 };
 
 use crate::embed::{Faults, InEngine};
@@ -179,6 +180,21 @@ impl VulkanDevice {
     #[must_use]
     pub fn describe(&self) -> Description {
         self.device.describe()
+    }
+
+    /// The most direct way at present from a pointer of the program's to one of the
+    /// device's: what launches get that name memory which lies as it does in the program.
+    #[must_use]
+    pub fn policy(&self) -> AddressPolicy {
+        self.device.policy()
+    }
+
+    /// Whether [`VulkanDevice::map_identical`] would do, as things are now.
+    ///
+    /// # Errors
+    /// [`VulkanError::NoIdentity`]: why not.
+    pub fn offers_identity(&self) -> Result<(), VulkanError> {
+        self.device.offers_identity()
     }
 
     /// The device behind it, which takes programs in
