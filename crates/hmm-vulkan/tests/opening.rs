@@ -6,7 +6,7 @@ mod common;
 use std::process::Command;
 use std::sync::Mutex;
 
-use common::{Tested, arguments, assert_silent, groups, load};
+use common::{Tested, arguments, assert_silent, groups, load, try_load};
 use hmm_conformance::{Engine, Operation, Subject};
 use hmm_device::{Embedder, Join, Standalone};
 use hmm_hal::Device;
@@ -55,6 +55,34 @@ fn without_a_driver_the_error_says_so() {
     let text = in_child("without_a_driver_the_error_says_so", "open", &nowhere);
     let known = ["no Vulkan device", "there is no Vulkan here"];
     assert!(known.iter().any(|error| text.contains(error)), "{text}");
+}
+
+/// Kernels are loaded, and dropped, while the device is closed: an error at worst.
+#[test]
+fn a_kernel_that_comes_too_late_is_refused() {
+    for _ in 0..8 {
+        let device = device!(config(4));
+        let threads: Vec<_> = (0..3)
+            .map(|_| {
+                std::thread::spawn(move || {
+                    let mut loaded = 0;
+                    loop {
+                        match try_load(device, Variant::Checked) {
+                            Ok(kernel) => drop(kernel),
+                            Err(VulkanError::Lost) => return loaded,
+                            Err(error) => panic!("{error}"),
+                        }
+                        loaded += 1;
+                    }
+                })
+            })
+            .collect();
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        device.close();
+        let loaded: Vec<u32> = threads.into_iter().map(|t| t.join().unwrap()).collect();
+        println!("{loaded:?} kernels before");
+    }
+    assert_silent();
 }
 
 /// How pointers become the device's depends on how much memory there is, and on where.

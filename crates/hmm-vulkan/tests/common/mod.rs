@@ -68,6 +68,11 @@ pub fn words(bytes: &[u8]) -> Vec<u32> {
 
 /// Loads one of the tests' kernels.
 pub fn load(device: &'static VulkanDevice, variant: Variant) -> Kernel {
+    try_load(device, variant).expect("the kernel loads")
+}
+
+/// The same, or why it cannot be.
+pub fn try_load(device: &'static VulkanDevice, variant: Variant) -> Result<Kernel, VulkanError> {
     let bytes = match variant {
         Variant::Checked => CHECKED,
         Variant::Stall => STALL,
@@ -83,7 +88,7 @@ pub fn load(device: &'static VulkanDevice, variant: Variant) -> Kernel {
         variant,
     };
     // SAFETY: made from the tests' own source, for that variant.
-    unsafe { device.load(&code) }.expect("the kernel loads")
+    unsafe { device.load(&code) }
 }
 
 /// Operation, source, destination, count, value: as in `operations.comp`.
