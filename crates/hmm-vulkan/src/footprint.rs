@@ -55,6 +55,13 @@ impl Mapping {
     fn contains(&self, address: u64) -> bool {
         (self.start..self.end).contains(&address)
     }
+
+    /// Whether it is a heap that is not the main one: it begins at a multiple of its size,
+    /// and holds all of that.
+    fn is_heap(&self, maps: &str) -> bool {
+        let end = self.start + HEAP;
+        self.start.is_multiple_of(HEAP) && is_held(maps, self.end, end)
+    }
 }
 
 /// What has appeared since then.
@@ -78,9 +85,7 @@ impl Footprint {
     /// What was mapped since `self`. With `late`, small pieces and heaps only.
     pub(crate) fn taken(&self, late: bool) -> Taken {
         let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
-        let probe = Box::new(0u64);
-        let here = (&raw const *probe).addr() as u64;
-        let mut taken = self.compare(&maps, here, late);
+        let mut taken = self.compare(&maps, heap_address(), late);
         let new = threads();
         let new = new.iter().filter(|thread| !self.threads.contains(thread));
         let movable = movable(&maps);
@@ -102,8 +107,7 @@ impl Footprint {
         let mut shares_heap = true;
         for mapping in &after {
             let &Mapping { start, end, .. } = mapping;
-            // A heap of its own begins at a multiple of its size, and holds all of that.
-            let heap = start.is_multiple_of(HEAP) && is_held(maps, end, start + HEAP);
+            let heap = mapping.is_heap(maps);
             if mapping.contains(heap_of_thread) {
                 shares_heap = !heap;
                 if heap {
@@ -156,12 +160,17 @@ impl Footprint {
 /// The heap that this thread allocates from, if it is none of the main one.
 pub(crate) fn heap_of_this_thread() -> Option<PageRange> {
     let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let here = heap_address();
+    let all = movable(&maps);
+    let mapping = all.iter().find(|mapping| mapping.contains(here))?;
+    let heap = PageRange::new(VirtAddr::new(mapping.start), HEAP).ok()?;
+    mapping.is_heap(&maps).then_some(heap)
+}
+
+/// An address in the heap that this thread allocates from.
+fn heap_address() -> u64 {
     let probe = Box::new(0u64);
-    let here = (&raw const *probe).addr() as u64;
-    let mut all = movable(&maps).into_iter();
-    let Mapping { start, end, .. } = all.find(|mapping| mapping.contains(here))?;
-    let heap = start.is_multiple_of(HEAP) && is_held(&maps, end, start + HEAP);
-    heap.then(|| PageRange::new(VirtAddr::new(start), HEAP).ok())?
+    (&raw const *probe).addr() as u64
 }
 
 /// The private mappings in the text of /proc/PID/maps that are writable, or readable and
