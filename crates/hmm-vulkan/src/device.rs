@@ -8,9 +8,7 @@ use std::sync::{Mutex as HeapMutex, MutexGuard as HeapGuard, OnceLock, PoisonErr
 use hmm_device::{Embedder, FrameAllocator, Injector, Join, LossMode, Reservation};
 use hmm_hal::{Device, DeviceError, DeviceInfo, FaultHandler, Fence, Transfer};
 use hmm_sync::{Mutex, Rank};
-use hmm_types::{
-    Access, BLOCK_PAGES, DeviceId, FrameId, FrameRange, PAGE_SHIFT, PageCount, PageRange, VirtAddr,
-};
+use hmm_types::{Access, DeviceId, FrameRange, PAGE_SHIFT, PageCount, PageRange, VirtAddr};
 
 use crate::area::Area;
 use crate::config::VulkanConfig;
@@ -28,6 +26,7 @@ use crate::queue::{CopyQueue, Fate};
 use crate::servers::Servers;
 use crate::stats::{Counters, VulkanStats};
 use crate::table::Table;
+use crate::window::Window;
 use crate::{Choice, VulkanError};
 
 /// What freed frames are overwritten with, where that was asked for.
@@ -53,11 +52,8 @@ pub struct VulkanDevice {
     frames: Mutex<FrameAllocator>,
     /// What the allocator has free, to be read without its lock.
     free: AtomicU64,
-    /// The page that frame 0 is for, where there is a choice: see `allocate_for`.
-    /// Changes with the allocator locked.
-    window_begin: AtomicU64,
-    /// Frames have the addresses of pages, and keep them: see `identity.rs`.
-    window_is_pinned: AtomicBool,
+    /// Which frames pages get, where there is a choice: see `allocate_for`.
+    window: Window,
     gate: Gate,
     servers: Servers,
     injector: Injector,
@@ -118,8 +114,7 @@ impl VulkanDevice {
         hmm_mem::leaked(Self {
             frames: Mutex::new(Rank::Device, FrameAllocator::new(frames)),
             free: AtomicU64::new(u64::from(frames)),
-            window_begin: AtomicU64::new(0),
-            window_is_pinned: AtomicBool::new(false),
+            window: Window::new(frames),
             parts,
             gate,
             servers: Servers::new(),
@@ -164,7 +159,7 @@ impl VulkanDevice {
         };
         let wanted = |page: VirtAddr| {
             let page = PageRange::from_pages(page, PageCount::ONE);
-            let run = self.frames_at_distance(page)?;
+            let run = self.window.frames(page)?;
             Some(self.parts.memory.device(run))
         };
         self.parts.table.misplaced(range, wanted, |page| {
@@ -479,51 +474,18 @@ impl VulkanDevice {
         run.ok_or(DeviceError::OutOfMemory)
     }
 
-    /// Pages of the window of memory that frames are chosen in: whole blocks, so that
-    /// 64 KiB and 2 MiB lie in memory as they do in the program.
-    pub(crate) fn window(&self) -> u64 {
-        u64::from(self.frames() / BLOCK_PAGES * BLOCK_PAGES)
-    }
-
     pub(crate) const fn memory(&self) -> &Memory {
         &self.parts.memory
     }
 
-    pub(crate) const fn window_is_pinned(&self) -> &AtomicBool {
-        &self.window_is_pinned
+    pub(crate) const fn window(&self) -> &Window {
+        &self.window
     }
 
     /// From now on frame 0 is for the page with this number.
     pub(crate) fn pin_window(&self, begin: u64) {
         let _frames = self.frames.lock();
-        self.window_begin.store(begin, Ordering::Relaxed);
-        self.window_is_pinned.store(true, Ordering::SeqCst);
-    }
-
-    /// Lays the window around the first pages that come to an empty device.
-    fn lay_window(&self, pages: PageRange) {
-        if self.window_is_pinned.load(Ordering::SeqCst) {
-            return;
-        }
-        let block = u64::from(BLOCK_PAGES);
-        let first = (pages.start().get() >> PAGE_SHIFT) / block * block;
-        let begin = first.wrapping_sub(self.window() / 2 / block * block);
-        self.window_begin.store(begin, Ordering::Relaxed);
-    }
-
-    /// The frames that these pages have in the window, which repeats itself before and
-    /// behind. `None` where they run over its end.
-    fn frames_at_distance(&self, pages: PageRange) -> Option<FrameRange> {
-        let first = pages.start().get() >> PAGE_SHIFT;
-        let since = first.wrapping_sub(self.window_begin.load(Ordering::Relaxed));
-        // It may lie before: then as much behind the one before that.
-        let since = since
-            .cast_signed()
-            .checked_rem_euclid(self.window().cast_signed())?;
-        let since = u32::try_from(since).ok()?;
-        let count = u32::try_from(pages.pages().get()).ok()?;
-        let fits = u64::from(since) + u64::from(count) <= self.window();
-        fits.then(|| FrameRange::new(FrameId::new(since), count))
+        self.window.pin(begin);
     }
 
     /// Takes a range away from kernels. What is imported of it goes as a whole, and is
@@ -595,9 +557,10 @@ impl Device for VulkanDevice {
     fn allocate_for(&self, pages: PageRange) -> Result<FrameRange, DeviceError> {
         self.take_frames(|frames| {
             if frames.free_frames() == self.frames() {
-                self.lay_window(pages);
+                self.window.lay_around(pages);
             }
-            self.frames_at_distance(pages)
+            self.window
+                .frames(pages)
                 .and_then(|run| frames.allocate_at(run.first(), run.count()))
                 .or_else(|| frames.allocate(pages.pages().get()))
         })

@@ -6,7 +6,6 @@
 //! run as they were written, and so could any other code on the device.
 
 use std::ptr;
-use std::sync::atomic::Ordering;
 
 use hmm_types::{FrameId, FrameRange, PAGE_SHIFT, PageCount, PageRange, USER_END, VirtAddr};
 
@@ -32,7 +31,7 @@ impl VulkanDevice {
     pub fn policy(&self) -> AddressPolicy {
         if self.has_identity() {
             AddressPolicy::Identity
-        } else if self.window() > 0 {
+        } else if self.window().pages() > 0 {
             AddressPolicy::Delta
         } else {
             AddressPolicy::Table
@@ -79,7 +78,7 @@ impl VulkanDevice {
 
     /// Where memory would be that has the device's addresses.
     fn identical_range(&self) -> Result<PageRange, VulkanError> {
-        let pages = self.window();
+        let pages = self.window().pages();
         if pages == 0 {
             return Err(self.no_identity("it has less than 2 MiB".to_owned()));
         }
@@ -111,7 +110,7 @@ impl VulkanDevice {
 
     /// Whether the program was given memory at the device's addresses.
     pub(crate) fn has_identity(&self) -> bool {
-        self.window_is_pinned().load(Ordering::SeqCst)
+        self.window().is_pinned()
     }
 }
 

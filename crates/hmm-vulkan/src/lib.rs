@@ -60,6 +60,7 @@ mod staging;
 mod stall;
 mod stats;
 mod table;
+mod window;
 
 pub use config::{Copies, MAX_KERNELS, MAX_LEAVES, MAX_LOG_ENTRIES, VulkanConfig};
 pub use device::{POISON, VulkanDevice};
