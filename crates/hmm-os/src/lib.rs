@@ -28,6 +28,7 @@ mod excluded;
 mod fatal;
 mod forks;
 mod heaps;
+mod hugetlb;
 mod map;
 mod memory_map;
 mod message;

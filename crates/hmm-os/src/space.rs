@@ -11,9 +11,7 @@ use hmm_hal::{
     RegisterError, SpaceError, SpaceId, StagingLayout, Stop,
 };
 use hmm_sync::assert_none_held;
-use hmm_types::{
-    BLOCK_SIZE, MemoryKind, PAGES_PER_BLOCK, PageCount, PageRange, StayReason, VirtAddr,
-};
+use hmm_types::{MemoryKind, PAGES_PER_BLOCK, PageCount, PageRange, StayReason, VirtAddr};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
@@ -22,7 +20,7 @@ use crate::abi::uffd_msg;
 use crate::child::Children;
 use crate::config::{Counters, Disable, OpenConfig, OpenError};
 use crate::excluded::{first_part, first_part_in, refresh_modules};
-use crate::map::{GIGABYTE, Map, Vma, huge_page_of};
+use crate::map::{Map, Vma};
 use crate::message::{Message, translate};
 use crate::pagemap::Pagemap;
 use crate::peek;
@@ -39,23 +37,20 @@ use crate::uffd::{
 };
 use crate::waiting::Waiting;
 
-/// Sizes of pages of hugetlbfs that a process has at a time, at most.
-const HUGE_SIZES: usize = 4;
-
 /// The descriptors and the memory of an open space.
 #[derive(Debug)]
 pub(crate) struct Parts {
     pub(crate) uffd: Uffd,
     pub(crate) children: Children,
     pub(crate) regions: Regions,
-    map: Map,
-    pagemap: Pagemap,
+    pub(crate) map: Map,
+    pub(crate) pagemap: Pagemap,
     staging: Staging,
     /// A block that nobody ever writes to: what holes in huge pages are filled
     /// with.
-    zeros: Region,
+    pub(crate) zeros: Region,
     /// The same for larger ones, as soon as some are registered.
-    more_zeros: OnceLock<Option<Region>>,
+    pub(crate) more_zeros: OnceLock<Option<Region>>,
     /// Registered, and of no other use: dropping it is an event.
     pub(crate) bell: Region,
     /// What must stay because only faults of user mode are delivered.
@@ -72,10 +67,10 @@ pub struct LinuxSpace {
     parts: ManuallyDrop<Parts>,
     capabilities: Capabilities,
     /// Private memory of hugetlbfs can leave and come back.
-    moves_huge_pages: bool,
+    pub(crate) moves_huge_pages: bool,
     /// Sizes of pages of hugetlbfs that have been registered: a bit for the logarithm
     /// of each.
-    huge_sizes: AtomicU64,
+    pub(crate) huge_sizes: AtomicU64,
     table: u32,
     pid: u32,
     pub(crate) waiting: Waiting,
@@ -251,7 +246,7 @@ impl LinuxSpace {
     }
 
     /// Calls the context of a space; a space that was released is gone.
-    fn on(&self, space: SpaceId, call: impl FnOnce(&Uffd) -> Progress) -> Progress {
+    pub(crate) fn on(&self, space: SpaceId, call: impl FnOnce(&Uffd) -> Progress) -> Progress {
         let parts = self.parts();
         if space == SpaceId::OWN {
             return call(&parts.uffd);
@@ -262,45 +257,6 @@ impl LinuxSpace {
             .unwrap_or(stopped(Stop::Gone))
     }
 
-    /// The same on pages of a range, or if they are a part of a huge page of
-    /// hugetlbfs, on all of that: there is no less.
-    fn on_pages(
-        &self,
-        space: SpaceId,
-        range: PageRange,
-        call: impl FnOnce(&Uffd, PageRange) -> Progress,
-        on_huge: impl Fn(&Uffd, PageRange) -> Progress,
-    ) -> Progress {
-        let progress = self.on(space, |uffd| call(uffd, range));
-        if progress.stop != Some(Stop::Incompatible) {
-            return progress;
-        }
-        let on_huge = |huge| self.on(space, |uffd| on_huge(uffd, huge));
-        self.on_huge_page(space, range, on_huge).unwrap_or(progress)
-    }
-
-    /// Calls for the page of hugetlbfs that a range is a part of, if it is. A child's
-    /// may be of any size that has been registered: what is too small is refused
-    /// there.
-    fn on_huge_page(
-        &self,
-        space: SpaceId,
-        range: PageRange,
-        call: impl Fn(PageRange) -> Progress,
-    ) -> Option<Progress> {
-        let mut last = None;
-        for huge in self.huge_pages_around(space, range).into_iter().flatten() {
-            let progress = call(huge);
-            let done = progress.done.min(range.pages());
-            let progress = Progress { done, ..progress };
-            if progress.stop != Some(Stop::Incompatible) {
-                return Some(progress);
-            }
-            last = Some(progress);
-        }
-        last
-    }
-
     /// Pages of shared memory were placed in the owner's mapping, and so for all.
     fn placed(&self, space: SpaceId, to: PageRange, progress: Progress) -> Progress {
         if space == SpaceId::OWN && progress.done > PageCount::ZERO {
@@ -309,133 +265,6 @@ impl LinuxSpace {
                 .placed(to.slice(0, progress.done.get()));
         }
         progress
-    }
-
-    /// Places a copy of engine memory in a huge page of hugetlbfs.
-    fn place_huge(&self, space: SpaceId, page: PageRange, from: VirtAddr) -> Progress {
-        let progress = self.try_place_huge(space, page, from);
-        if progress.stop != Some(Stop::NoMemory) || page.pages().index() <= PAGES_PER_BLOCK {
-            return progress;
-        }
-        // The kernel does not fault on what it copies. For smaller pages it takes
-        // another one to copy into, and then may; for these it has none.
-        let start = std::ptr::with_exposed_provenance_mut(from.addr());
-        let len = page.pages().bytes_usize();
-        // SAFETY: memory of the engine's own; the advice reads it at most.
-        let there = unsafe { madvise(start, len, Advice::LinuxPopulateRead) };
-        match there {
-            Ok(()) => self.try_place_huge(space, page, from),
-            Err(_) => progress,
-        }
-    }
-
-    /// The kernel says "exists" also when its pool is empty.
-    fn try_place_huge(&self, space: SpaceId, page: PageRange, from: VirtAddr) -> Progress {
-        let place = |uffd: &Uffd| uffd.copy(from, page);
-        let progress = self.on(space, place);
-        if progress.stop != Some(Stop::Exists) {
-            return progress;
-        }
-        if space == SpaceId::OWN {
-            return self.why_not_there(page).map_or(progress, stopped);
-        }
-        // A child's page table is out of reach. Twice, as a page may come into the
-        // pool between the two looks.
-        let again = self.on(space, place);
-        let has_page = || refusal::has_huge_page(page.pages()).unwrap_or(false);
-        if again.stop == Some(Stop::Exists) && !has_page() {
-            return stopped(Stop::NoMemory);
-        }
-        again
-    }
-
-    /// Why a huge page of hugetlbfs could not be placed, if the kernel said that
-    /// there is one and there is none: it says so too when its pool is empty.
-    fn why_not_there(&self, page: PageRange) -> Option<Stop> {
-        // A peer may have met it, and the own page table not.
-        if let Some(there) = self.parts().regions.has_page(page) {
-            return (!there).then_some(Stop::NoMemory);
-        }
-        let there = self.parts().pagemap.is_present(page.start());
-        // One that the kernel itself is moving is not there either, for a moment.
-        there.is_ok_and(|there| !there).then_some(Stop::NoMemory)
-    }
-
-    /// Whether a range is a part of one huge page of hugetlbfs.
-    fn is_hugetlb(&self, space: SpaceId, range: PageRange) -> bool {
-        let mut huge = self.huge_pages_around(space, range).into_iter().flatten();
-        huge.next().is_some()
-    }
-
-    /// The page of hugetlbfs that a range is a part of, if it is; of a child's, what
-    /// it may be, the smallest first.
-    fn huge_pages_around(
-        &self,
-        space: SpaceId,
-        range: PageRange,
-    ) -> [Option<PageRange>; HUGE_SIZES] {
-        let mut huge = [None; HUGE_SIZES];
-        let first = range.slice(0, 1);
-        let around = |page_len| {
-            let page = huge_page_of(range.start(), page_len);
-            page.encloses(range).then_some(page)
-        };
-        if space == SpaceId::OWN {
-            let parts = self.parts();
-            let _ = parts.map.visit(first, &mut |vma| {
-                if vma.kind == MemoryKind::HugeTlb {
-                    huge[0] = around(vma.page_len);
-                }
-            });
-            // By its name it is shared memory.
-            if parts.regions.has_huge(first) {
-                huge[0] = around(RegionPages::Huge.size());
-            }
-        } else if self.moves_huge_pages {
-            // A child's map is out of reach. To allow writes to less than a page is
-            // refused there, and does no harm elsewhere: a child may write to all
-            // of its memory.
-            let refused = self.on(space, |uffd| uffd.write_protect(first, false));
-            if refused.stop == Some(Stop::Incompatible) {
-                let sizes = self.huge_sizes.load(Ordering::Acquire);
-                let registered = (0..u64::BITS).filter(|shift| sizes >> shift & 1 != 0);
-                let pages = registered.filter_map(|shift| around(PageCount::new(1 << shift)));
-                huge.iter_mut()
-                    .zip(pages)
-                    .for_each(|(slot, page)| *slot = Some(page));
-            }
-        }
-        huge
-    }
-
-    /// Memory of so many zeros.
-    fn zeros(&self, page_len: PageCount) -> Option<VirtAddr> {
-        let parts = self.parts();
-        if page_len <= parts.zeros.range().pages() {
-            return Some(parts.zeros.range().start());
-        }
-        let more = parts.more_zeros.get()?.as_ref()?.range();
-        (page_len <= more.pages()).then_some(more.start())
-    }
-
-    /// Gets ready for pages of hugetlbfs of a size. False when there are not so many
-    /// addresses.
-    fn prepare(&self, page_len: PageCount) -> bool {
-        let zeros = &self.parts().more_zeros;
-        if page_len > PageCount::from(PAGES_PER_BLOCK) {
-            let reserve = || {
-                let region = Region::reserve(GIGABYTE / BLOCK_SIZE).ok()?;
-                // One page of zeros for each block, and hardly any page tables.
-                let _ = region.prefer_huge(true);
-                Some(region)
-            };
-            if zeros.get_or_init(reserve).is_none() {
-                return false;
-            }
-        }
-        let shift = page_len.get().ilog2();
-        self.huge_sizes.fetch_or(1 << shift, Ordering::AcqRel);
-        true
     }
 
     /// Reads a message of one space.
@@ -940,7 +769,7 @@ fn proc_error(file: &'static str, error: Errno) -> OpenError {
     }
 }
 
-const fn stopped(stop: Stop) -> Progress {
+pub(crate) const fn stopped(stop: Stop) -> Progress {
     Progress {
         done: PageCount::ZERO,
         stop: Some(stop),
