@@ -10,7 +10,7 @@
 //! Addresses do not tell everything: what the program unmaps meanwhile, a compiler can get.
 //! So a mapping is an old one only if what may be done with it is the same as before (what
 //! a kernel needs of a compiler's work is its code and its constants, and no program writes
-//! there), and a small one only if it has not changed at all.
+//! there), and a small one only if it has not changed, or grown.
 //!
 //! Stacks of threads that have ended are used again by new ones, so the driver's threads
 //! are looked up as well: the kernel knows where each one's stack is.
@@ -32,7 +32,7 @@ use hmm_types::{PageRange, VirtAddr};
 const HEAP: u64 = 64 << 20;
 /// Larger mappings that appear while a kernel runs are more likely the program's.
 const LATE_MAX: u64 = 16 << 20;
-/// What is smaller is as soon unmapped and mapped again as it has grown.
+/// What is smaller has not shrunk, but was unmapped and is something else.
 const SMALL: u64 = 64 << 10;
 
 /// Memory that may migrate, as of some moment.
@@ -148,12 +148,11 @@ impl Footprint {
     /// The parts of a mapping that are new.
     fn new_of(&self, mapping: &Mapping) -> Vec<[u64; 2]> {
         let whole = [mapping.start, mapping.end];
-        if mapping.end - mapping.start <= SMALL && !self.movable.contains(mapping) {
-            return vec![whole];
-        }
-        let alike = self.movable.iter();
-        let alike = alike.filter(|known| known.access == mapping.access);
-        minus(whole, alike.map(|known| [known.start, known.end]))
+        let is_small = mapping.end - mapping.start <= SMALL;
+        let grown = |known: &Mapping| mapping.start <= known.start && known.end <= mapping.end;
+        let old = self.movable.iter();
+        let old = old.filter(|known| known.access == mapping.access && (!is_small || grown(known)));
+        minus(whole, old.map(|known| [known.start, known.end]))
     }
 }
 
@@ -311,11 +310,11 @@ mod tests {
 
     #[test]
     fn what_took_the_place_of_something_else_is_new() {
-        let before = "1000-3000 rw-p 0 0:0 0\n4000-6000 rw-p 0 0:0 0\n7000-8000 r--p 0 0:0 0\n\
+        let before = "1000-3000 rw-p 0 0:0 0\n4000-6000 rw-p 0 0:0 0\n8000-9000 r--p 0 0:0 0\n\
                       100000-200000 rw-p 0 0:0 0\n";
         // Constants where a thread had its signal stack, something that has moved, and
-        // what has not.
-        let after = "2000-4000 r--p 0 0:0 0\n5000-6000 rw-p 0 0:0 0\n7000-8000 r--p 0 0:0 0\n\
+        // what has grown on both sides.
+        let after = "2000-4000 r--p 0 0:0 0\n5000-6000 rw-p 0 0:0 0\n7000-a000 r--p 0 0:0 0\n\
                      100000-180000 rw-p 0 0:0 0\n180000-184000 r-xp 0 0:0 0\n184000-240000 rw-p 0 0:0 0\n";
         let footprint = Footprint {
             movable: movable(before),
@@ -324,6 +323,8 @@ mod tests {
         let expected = [
             range(0x2000, 0x4000),
             range(0x5000, 0x6000),
+            range(0x7000, 0x8000),
+            range(0x9000, 0xa000),
             range(0x18_0000, 0x18_4000),
             range(0x20_0000, 0x24_0000),
         ];

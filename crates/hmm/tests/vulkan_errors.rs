@@ -521,7 +521,7 @@ fn memory_that_is_mapped_while_a_kernel_is_compiled_can_be_used() {
         maps = mapper.join().unwrap();
     });
     println!("{} mappings meanwhile", maps.len());
-    assert!(maps.len() > 10);
+    assert!(!maps.is_empty());
     for (number, map) in maps.iter().enumerate() {
         let device = &devices[number % devices.len()];
         let add = Work::new(Operation::Add, map.word(0)).pages(2).value(1);
