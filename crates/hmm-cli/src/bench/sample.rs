@@ -39,13 +39,15 @@ impl Pairs {
         self.values.push(value);
     }
 
-    /// Medians, and value / floor.
+    /// Medians: of the values, of the floors, and of value / floor, as what is measured
+    /// together is disturbed together.
     pub fn measured(&self) -> Measured {
-        let (floor, value) = (median(&self.floors), median(&self.values));
+        let pairs = self.values.iter().zip(&self.floors);
+        let ratios: Vec<f64> = pairs.map(|(value, floor)| value / floor).collect();
         Measured {
-            value,
-            floor: Some(floor),
-            ratio: Some(value / floor),
+            value: median(&self.values),
+            floor: Some(median(&self.floors)),
+            ratio: Some(median(&ratios)),
         }
     }
 
