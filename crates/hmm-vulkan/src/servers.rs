@@ -57,8 +57,8 @@ pub(crate) struct Servers {
 struct Share {
     next: usize,
     end: usize,
-    /// The first and the last.
-    extent: Option<(VirtAddr, VirtAddr)>,
+    /// The first, the last, and how many there were.
+    extent: Option<(VirtAddr, VirtAddr, usize)>,
 }
 
 impl Share {
@@ -71,11 +71,11 @@ impl Share {
     /// Whole blocks, where all of its pages are wanted, and those are `most` or fewer. The
     /// misses are where kernels are now: they go on behind. Asked once.
     fn dense(&mut self, most: u64) -> Option<PageRange> {
-        let (first, last) = self.extent.take()?;
+        let (first, last, misses) = self.extent.take()?;
         if last.get() >= USER_END - BLOCK_SIZE {
             return None; // nothing is there
         }
-        let misses = (self.end - self.next) as u64;
+        let misses = misses as u64;
         let dense = misses > 1 && last.pages_since(first.page_floor()) < misses * DENSE;
         let from = first.block_floor().max(VirtAddr::new(PAGE_SIZE));
         let upto = last.block_floor().plus_pages(PAGES_PER_BLOCK as u64);
@@ -182,7 +182,7 @@ impl Servers {
             };
             let end = stretch_end(first.address);
             let count = rest.partition_point(|miss| miss.address < end);
-            share.extent = Some((first.address, rest[count - 1].address));
+            share.extent = Some((first.address, rest[count - 1].address, count));
             share.next = work.next;
             share.end = work.next + count;
             work.next = share.end;
@@ -282,12 +282,10 @@ mod tests {
     #[test]
     fn what_is_wanted_as_a_whole_is_whole_blocks() {
         let dense = |addresses: &[u64], most| {
-            let extent = Some((addresses[0], addresses[addresses.len() - 1]));
-            let mut share = Share {
-                next: 0,
-                end: addresses.len(),
-                extent: extent.map(|(first, last)| (VirtAddr::new(first), VirtAddr::new(last))),
-            };
+            let servers = Servers::new();
+            servers.work.lock().misses = misses(addresses.iter().copied());
+            let mut share = Share::NONE;
+            assert!(servers.take(&mut share, &mut [Miss::NONE; HANDFUL]) > 0);
             let found = share.dense(most);
             assert_eq!(share.dense(most), None, "asked once");
             found.map(|range| (range.start().get(), range.end().get()))
@@ -295,6 +293,9 @@ mod tests {
         let each: Vec<u64> = (0..100).map(|at| 0x4000_3000 + at * 0x4008).collect();
         assert_eq!(dense(&each, 512), Some((0x4000_0000, 0x4020_0000)));
         assert_eq!(dense(&each, 511), None, "too much");
+        // All of them are taken at once.
+        let few = &each[..HANDFUL];
+        assert_eq!(dense(few, 512), Some((0x4000_0000, 0x4020_0000)));
         assert_eq!(dense(&[0x4000_3000], 512), None, "a single one");
         assert_eq!(dense(&[0x4000_3000, 0x4003_3000], 512), None, "far apart");
         assert_eq!(dense(&[0, 8], 512), Some((PAGE_SIZE, BLOCK_SIZE)));
