@@ -16,16 +16,13 @@ struct Lists {
     /// Writable data of loaded objects, as of the last look.
     modules: hmm_mem::Vec<PageRange>,
     guesses: hmm_mem::Vec<Guess>,
-    guessed: u64,
 }
 
-/// What is left of a range that is a driver's, by all that is known.
-#[derive(Clone, Copy)]
+/// A range that is a driver's, by all that is known.
 struct Guess {
-    /// None: all of it was claimed.
-    left: Option<PageRange>,
     whole: PageRange,
-    number: u64,
+    /// What of it was not claimed.
+    left: hmm_mem::Vec<PageRange>,
 }
 
 /// Forks of forks that can each have an engine.
@@ -39,7 +36,6 @@ static EXCLUDED: [Mutex<Lists>; GENERATIONS] = [const {
             ranges: hmm_mem::vec(),
             modules: hmm_mem::vec(),
             guesses: hmm_mem::vec(),
-            guessed: 0,
         },
     )
 }; GENERATIONS];
@@ -73,42 +69,25 @@ pub fn exclude(range: PageRange) {
 /// Keeps a range where it is that is a driver's, as far as anybody can tell: it can be
 /// the program's after all, or become that later. Then [`claim`] has a say.
 pub fn exclude_guess(range: PageRange) {
-    let mut lists = lists();
-    lists.guessed += 1;
-    let number = lists.guessed;
-    lists.guesses.push(Guess {
-        left: Some(range),
-        whole: range,
-        number,
-    });
+    let mut left = hmm_mem::vec();
+    left.push(range);
+    let whole = range;
+    lists().guesses.push(Guess { whole, left });
 }
 
 /// A kernel was given a pointer to this: it is the program's, whoever was thought to
 /// own it.
 pub fn claim(range: PageRange) {
-    let mut lists = lists();
-    let mut left = lists.guesses.iter().filter_map(|guess| guess.left);
-    if !left.any(|left| left.overlaps(range)) {
-        return;
-    }
-    let guesses = std::mem::replace(&mut lists.guesses, hmm_mem::vec());
-    for guess in guesses.iter() {
-        let mut push = |left| lists.guesses.push(Guess { left, ..*guess });
-        let Some(left) = guess.left.filter(|left| left.overlaps(range)) else {
-            push(guess.left);
+    for Guess { left, .. } in &mut lists().guesses {
+        if !left.iter().any(|part| part.overlaps(range)) {
             continue;
-        };
-        let before = (left.start(), range.start());
-        let behind = (range.end(), left.end());
-        let parts =
-            [before, behind].map(|(start, end)| (start < end).then(|| PageRange::span(start, end)));
-        match parts {
-            // It is still to be taken back, and not another one of the same range.
-            [None, None] => push(None),
-            parts => parts
-                .into_iter()
-                .flatten()
-                .for_each(|part| push(Some(part))),
+        }
+        for part in std::mem::replace(left, hmm_mem::vec()) {
+            let before = (part.start(), part.end().min(range.start()));
+            let behind = (part.start().max(range.end()), part.end());
+            let rest = [before, behind].into_iter();
+            let rest = rest.filter(|(start, end)| start < end);
+            left.extend(rest.map(|(start, end)| PageRange::span(start, end)));
         }
     }
 }
@@ -121,9 +100,9 @@ pub fn include(range: PageRange) {
         lists.ranges.swap_remove(index);
         return;
     }
-    let guess = lists.guesses.iter().find(|guess| guess.whole == range);
-    if let Some(number) = guess.map(|guess| guess.number) {
-        lists.guesses.retain(|guess| guess.number != number);
+    let guess = lists.guesses.iter().position(|guess| guess.whole == range);
+    if let Some(index) = guess {
+        lists.guesses.remove(index);
     }
 }
 
@@ -169,7 +148,7 @@ pub(crate) fn first_part(range: PageRange) -> (PageRange, bool) {
     let lists = lists();
     let arena = hmm_mem::arena_range();
     first_part_in(range, || {
-        let guesses = lists.guesses.iter().filter_map(|guess| guess.left.as_ref());
+        let guesses = lists.guesses.iter().flat_map(|guess| guess.left.iter());
         let lists = lists.ranges.iter().chain(lists.modules.iter());
         lists.chain(guesses).chain(arena.iter()).copied()
     })
